@@ -1,0 +1,75 @@
+// The contract between the torch binding (host, checks everything) and the prefill kernels (device, check nothing).
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime_api.h>
+
+namespace kda {
+
+constexpr int kHeadDim = 128;   // K = V, the only head dimension of the CUDA kernels
+constexpr int kChunk = 64;      // tokens a chunk
+
+enum class Dtype : int { kBf16 = 0, kFp32 = 1 };
+enum class Gate : int {
+  kGiven = 0,       // g is the log decay (natural log, <= 0)
+  kSoftplus = 1,    // g = -exp(A_log) * softplus(x + dt_bias)
+  kLowerBound = 2,  // g = lower_bound * sigmoid(exp(A_log) * (x + dt_bias))
+};
+
+// A [B, T, heads, 128] tensor (or [B, T, heads]) whose last dimension is contiguous; strides in elements.
+struct TensorView {
+  const void* data = nullptr;
+  int64_t stride_batch = 0;
+  int64_t stride_token = 0;
+  int64_t stride_head = 0;
+};
+
+struct PrefillParams {
+  TensorView q, k, v, g;   // bf16, 16-byte aligned base and strides; g bf16 or fp32
+  TensorView beta;         // bf16 or fp32, any strides
+  Dtype g_dtype = Dtype::kBf16;
+  Dtype beta_dtype = Dtype::kBf16;
+
+  void* out = nullptr;     // bf16 [B, T, HV, 128], strides as below, 16-byte aligned
+  int64_t out_stride_batch = 0;
+  int64_t out_stride_token = 0;
+  int64_t out_stride_head = 0;
+
+  const float* A_log = nullptr;     // [HV] or null
+  const float* dt_bias = nullptr;   // [HV, 128] or null
+
+  const void* initial_state = nullptr;  // [N, HV, 128, 128] contiguous, or null for zero; may alias final_state
+  void* final_state = nullptr;          // likewise, or null when not wanted
+  Dtype initial_state_dtype = Dtype::kFp32;
+  Dtype final_state_dtype = Dtype::kFp32;
+  bool state_v_first = false;           // [V, K] instead of [K, V]
+
+  const void* cu_seqlens = nullptr;     // [N + 1] int32 or int64, or null: N = B sequences of T tokens
+  bool cu_seqlens_is_int64 = false;
+
+  int batch = 0;           // B (1 with cu_seqlens)
+  int64_t tokens = 0;      // T
+  int num_seqs = 0;        // N
+  int heads = 0;           // H, heads of q and k
+  int value_heads = 0;     // HV, heads of v, g, beta and the state; a multiple of H
+
+  float scale = 1.f;
+  float lower_bound = 0.f;
+  Gate gate = Gate::kGiven;
+  bool qk_l2norm = false;
+  bool beta_sigmoid = false;      // beta holds logits
+  bool allow_neg_eigval = false;  // 2 * sigmoid
+
+  void* workspace = nullptr;      // 256-byte aligned
+  int64_t workspace_bytes = 0;
+};
+
+// Bytes of workspace below which a call cannot run; more, up to the full size, lets it run in fewer launches.
+// Mirrored by flash_kda.prefill.workspace_size, which tests compare against this.
+int64_t prefill_workspace_size(int64_t tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed);
+
+// Launches the prefill on `stream`. Returns the first CUDA error of the launches.
+cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);
+
+}  // namespace kda
