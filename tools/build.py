@@ -371,6 +371,7 @@ def cmake_config(spec: Spec, variant: Variant, build_id: str, torch: Torch, cutl
     major, minor = version_tuple(spec.stable_abi)[:2]
     settings = {
         "KERNEL_ID": build_id,
+        "EXTENSION_NAME": spec.python_name,
         "TORCH_ROOT": torch.root,
         # torch/headeronly/version.h: one byte each of major and minor at the top of 64 bits
         "TORCH_TARGET_VERSION": f"0x{(major << 56) | (minor << 48):016x}",
