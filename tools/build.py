@@ -34,6 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TOOL_VERSION = "1"
 PYTHON_ABI = (3, 9)  # the limited API the extension is built against, and so the oldest Python that loads it
+GLIBC = (2, 28)  # the oldest C library that loads it: manylinux_2_28
 
 
 class BuildError(Exception):
@@ -362,6 +363,25 @@ def stage(
 # --- compiling ------------------------------------------------------------------------------------------------------
 
 
+def older_glibc_symbols() -> str:
+    """objcopy's map from functions that this machine's glibc moved since GLIBC to the version they had before.
+
+    glibc 2.34 merged libpthread, libdl and librt into libc under a new version, so linking the static CUDA runtime here
+    would bind the library to glibc 2.34. The old versions of the symbols are still there; the map asks for them.
+    """
+    libc = subprocess.run(["g++", "-print-file-name=libc.so.6"], capture_output=True, text=True, check=True).stdout.strip()
+    listing = subprocess.run(["nm", "-D", "--with-symbol-versions", libc], capture_output=True, text=True, check=True)
+    default: dict[str, tuple] = {}
+    usable: dict[str, list] = {}
+    for name, mark, version in re.findall(r" (\w+)(@@?)GLIBC_([\d.]+)$", listing.stdout, re.MULTILINE):
+        if mark == "@@":
+            default[name] = version_tuple(version)
+        if version_tuple(version) <= GLIBC:
+            usable.setdefault(name, []).append(version)
+    moved = sorted(name for name, version in default.items() if version > GLIBC and name in usable)
+    return "".join(f"{name} {name}@GLIBC_{max(usable[name], key=version_tuple)}\n" for name in moved)
+
+
 def cmake_list(items) -> str:
     return ";".join(str(item) for item in items)
 
@@ -415,19 +435,22 @@ def compile_library(spec: Spec, variant: Variant, build_id: str, args: argparse.
 
     work = spec.root / ".build" / (variant.directory + ("-debug" if args.debug else ""))
     write_if_changed(work / "include" / "registration.h", REGISTRATION_H.encode())
+    write_if_changed(work / "glibc.map", older_glibc_symbols().encode())
     config = work / "config.cmake"
     write_if_changed(config, cmake_config(spec, variant, build_id, torch, cutlass, args.debug).encode())
     env = os.environ | {"NINJA_STATUS": "[%f/%t %es] "}
     if args.verbose:
         env["KERNEL_BUILD_VERBOSE"] = "1"  # read by tools/nvcc.py
 
-    def run(*command) -> None:
-        if subprocess.run([str(c) for c in command], env=env).returncode != 0:
-            raise BuildError(f"the compilation failed, see above\n  the whole command lines: --verbose")
+    def run(*command, quiet: bool = False) -> None:
+        """A quiet command speaks only when it fails."""
+        result = subprocess.run([str(c) for c in command], env=env, capture_output=quiet, text=True)
+        if result.returncode != 0:
+            if quiet:
+                print(result.stdout + result.stderr, file=sys.stderr)
+            raise BuildError("the compilation failed, see above\n  the whole command lines: --verbose")
 
-    quiet = [] if args.verbose else ["--log-level=NOTICE"]
-    run(cmake, "-S", ROOT, "-B", work, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-C", config, "--no-warn-unused-cli",
-        *quiet)
+    run(cmake, "-S", ROOT, "-B", work, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-C", config, quiet=not args.verbose)
     run(cmake, "--build", work, "--parallel", args.jobs, *(["--verbose"] if args.verbose else []))
     return work / f"{spec.python_name}.abi3.so"
 
