@@ -1,0 +1,221 @@
+"""What a KDA call may look like. Every public function checks its arguments here, once, before anything is written.
+
+The checks read shapes, strides, dtypes and devices, never contents: they cost no synchronisation and `torch.compile` traces
+them. Errors are ``ValueError`` or ``TypeError`` and read ``<argument>: expected <what>, got <what>``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+STATE_FLOATS = (torch.float32, torch.bfloat16)
+
+
+class Call(NamedTuple):
+    """A checked call. The order of the fields is that of the custom ops' arguments (``dispatch.py``)."""
+
+    q: torch.Tensor  # [B, T, H, K]
+    k: torch.Tensor  # [B, T, H, K]
+    v: torch.Tensor  # [B, T, HV, V]
+    g: torch.Tensor  # [B, T, HV, K]
+    beta: torch.Tensor  # [B, T, HV]
+    A_log: torch.Tensor | None  # HV elements; None unless the gate is computed in the kernel
+    dt_bias: torch.Tensor | None  # HV * K elements; likewise
+    initial_state: torch.Tensor | None  # [N, HV, K, V], or [N, HV, V, K] with state_v_first
+    cu_seqlens: torch.Tensor | None  # [N + 1]
+    cu_seqlens_cpu: torch.Tensor | None  # the same on the host
+    scale: float
+    lower_bound: float | None  # None: the softplus gate. Only read with use_gate_in_kernel
+    use_gate_in_kernel: bool
+    use_qk_l2norm_in_kernel: bool
+    use_beta_sigmoid_in_kernel: bool
+    allow_neg_eigval: bool
+    state_v_first: bool
+    batch_invariant: bool
+
+    @property
+    def num_sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        K, V = self.q.shape[3], self.v.shape[3]
+        return (self.num_sequences, self.v.shape[2], *((V, K) if self.state_v_first else (K, V)))
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of the state that a call returns: float32 as in FLA, float64 for float64 inputs."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+
+def check_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float | None,
+    lower_bound: float | None,
+    use_gate_in_kernel: bool,
+    use_qk_l2norm_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    state_v_first: bool,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    safe_gate: bool = False,
+    batch_invariant: bool = False,
+) -> Call:
+    """Checks the arguments of :func:`flash_kda.chunk_kda` and gives them their defaults.
+
+    The last dimension of q, k, v and g must be contiguous on every device: the kernels read it in vectors, and a silent copy of
+    the four largest tensors would hide the cost. All other strides are free.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
+        _tensor(name, x, FLOATS, q)
+        _expect(x.dim() == (3 if name == "beta" else 4), name, "rank 3" if name == "beta" else "rank 4", f"shape {_shape(x)}")
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    _expect(H > 0 and HV % H == 0, "v", f"a number of heads HV that is a multiple of q's H = {H}", f"HV = {HV}")
+    for name, x, shape, meaning in (
+        ("k", k, (B, T, H, K), "that of q, [B, T, H, K]"),
+        ("v", v, (B, T, HV, V), "[B, T, HV, V]"),
+        ("g", g, (B, T, HV, K), "[B, T, HV, K]"),
+        ("beta", beta, (B, T, HV), "[B, T, HV]"),
+    ):
+        _has_shape(name, x, shape, meaning)
+    for name, x in (("k", k), ("v", v)):
+        _expect(x.dtype == q.dtype, name, f"dtype {q.dtype}, that of q", x.dtype, TypeError)
+    for name, x in (("q", q), ("k", k), ("v", v), ("g", g)):
+        _dense_rows(name, x)
+
+    scale = K**-0.5 if scale is None else _number("scale", scale)
+    if lower_bound is not None:
+        lower_bound = _number("lower_bound", lower_bound)
+        _expect(lower_bound < 0, "lower_bound", "a finite negative number", lower_bound)
+    if use_gate_in_kernel:
+        if lower_bound is None:
+            _expect(not safe_gate, "lower_bound", "a finite negative number, since safe_gate=True", None)
+            _expect(A_log is not None, "A_log", "a tensor of HV elements, since use_gate_in_kernel=True without lower_bound", None)
+        if A_log is not None:
+            _tensor("A_log", A_log, FLOATS, q)
+            _expect(A_log.numel() == HV, "A_log", f"{HV} elements (HV)", f"shape {_shape(A_log)}")
+        if dt_bias is not None:
+            _tensor("dt_bias", dt_bias, FLOATS, q)
+            _expect(dt_bias.numel() == HV * K, "dt_bias", f"{HV * K} elements (HV * K)", f"shape {_shape(dt_bias)}")
+    else:
+        A_log = dt_bias = lower_bound = None
+    _expect(
+        use_beta_sigmoid_in_kernel or not allow_neg_eigval,
+        "allow_neg_eigval",
+        "False, or use_beta_sigmoid_in_kernel=True with it",
+        "True without it",
+    )
+
+    if cu_seqlens is not None:
+        _tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), q)
+        _expect(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 0, "cu_seqlens", "shape [N + 1]", f"shape {_shape(cu_seqlens)}")
+        _expect(B == 1, "q", "batch size 1 with cu_seqlens (pack the sequences along T)", f"batch size {B}")
+    if cu_seqlens_cpu is not None:
+        _expect(cu_seqlens is not None, "cu_seqlens_cpu", "cu_seqlens beside it", None)
+        _tensor("cu_seqlens_cpu", cu_seqlens_cpu, (torch.int32, torch.int64), None)
+        _expect(cu_seqlens_cpu.device.type == "cpu", "cu_seqlens_cpu", "device cpu", cu_seqlens_cpu.device)
+        _has_shape("cu_seqlens_cpu", cu_seqlens_cpu, tuple(cu_seqlens.shape), "that of cu_seqlens, [N + 1]")
+
+    call = Call(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        initial_state,
+        cu_seqlens,
+        cu_seqlens_cpu,
+        scale,
+        lower_bound,
+        bool(use_gate_in_kernel),
+        bool(use_qk_l2norm_in_kernel),
+        bool(use_beta_sigmoid_in_kernel),
+        bool(allow_neg_eigval),
+        bool(state_v_first),
+        bool(batch_invariant) or os.environ.get("FLASH_KDA_BATCH_INVARIANT") == "1",
+    )
+    if initial_state is not None:
+        _state("initial_state", initial_state, call)
+    return call
+
+
+def check_outputs(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+    """Checks the tensors that :func:`flash_kda.fwd` writes."""
+    _tensor("out", out, (call.q.dtype,), call.q)
+    _has_shape("out", out, tuple(call.v.shape), "that of v, [B, T, HV, V]")
+    _dense_rows("out", out)
+    if final_state is not None:
+        _state("final_state", final_state, call)
+        _expect(final_state.is_contiguous(), "final_state", "a contiguous tensor", f"strides {list(final_state.stride())}")
+
+
+def check_contents(call: Call) -> None:
+    """Checks the contents of ``cu_seqlens``, which costs a synchronisation: only under ``FLASH_KDA_VALIDATE=1``."""
+    if call.cu_seqlens is None:
+        return
+    bounds = call.cu_seqlens.tolist()
+    T = call.q.shape[1]
+    _expect(bounds[0] == 0, "cu_seqlens", "0 as its first element", bounds[0])
+    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        _expect(start <= end, "cu_seqlens", "nondecreasing elements", f"{start} before {end} at sequence {n}")
+    _expect(bounds[-1] <= T, "cu_seqlens", f"no element past T = {T}", bounds[-1])
+
+
+def _expect(ok: bool, name: str, expected: str, got: Any, error: type[Exception] = ValueError) -> None:
+    if not ok:
+        raise error(f"{name}: expected {expected}, got {got}")
+
+
+def _shape(x: torch.Tensor) -> list[int]:
+    return list(x.shape)
+
+
+def _tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], beside: torch.Tensor | None) -> None:
+    """x is a tensor of one of ``dtypes``, on the device of q (``beside``)."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {' or '.join(str(d) for d in dtypes)}, got {x.dtype}")
+    if beside is not None and x.device != beside.device:
+        raise ValueError(f"{name}: expected device {beside.device}, that of q, got {x.device}")
+
+
+def _has_shape(name: str, x: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)} ({meaning}), got {_shape(x)}")
+
+
+def _dense_rows(name: str, x: torch.Tensor) -> None:
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got strides {list(x.stride())}")
+
+
+def _state(name: str, x: torch.Tensor, call: Call) -> None:
+    _tensor(name, x, (*STATE_FLOATS, torch.float64) if call.q.dtype == torch.float64 else STATE_FLOATS, call.q)
+    meaning = "[N, HV, V, K], V-first" if call.state_v_first else "[N, HV, K, V]"
+    _has_shape(name, x, call.state_shape, f"{meaning}, N = {call.num_sequences} sequences")
+
+
+def _number(name: str, x: Any) -> float:
+    if not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)) or isinstance(x, bool):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    if not math.isfinite(x):
+        raise ValueError(f"{name}: expected a finite {'negative ' if name == 'lower_bound' else ''}number, got {x}")
+    return float(x)

@@ -1,0 +1,93 @@
+"""The CUDA prefill: the torch op ``prefill`` (sm_90a, bfloat16, K = V = 128) and what it wants prepared.
+
+Builds without CUDA have no such op; :func:`available` says so and nothing else here runs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._ops import add_op_namespace_prefix, ops
+from .contract import STATE_FLOATS, Call
+
+HEAD_DIM = 128
+CHUNK = 64
+# What the prologue hands to the recurrence for one chunk and value head (kda_cutlass/prefill/params.h)
+RECORD_BYTES = 66048
+STATE_BYTES = HEAD_DIM * HEAD_DIM * 4
+# The whole call runs in one launch up to here; beyond, in slabs that reuse this much and carry two states a head between them.
+WORKSPACE_LIMIT = 256 << 20
+ALIGNMENT = 16  # bytes: TMA reads rows at such addresses and strides
+
+
+def available() -> bool:
+    """Whether this build carries the CUDA op."""
+    return hasattr(ops, "prefill")
+
+
+if available():
+
+    @torch.library.register_fake(add_op_namespace_prefix("prefill"))
+    def _(*args) -> None:
+        return None
+
+
+def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int, packed: bool) -> int:
+    """Bytes of workspace for a call of these sizes: monotone in each of them up to about 256 MiB, and constant from there."""
+    slots = tokens // CHUNK + num_sequences if packed else batch * -(-tokens // CHUNK)
+    slot_bytes = value_heads * RECORD_BYTES
+    if slots * slot_bytes <= WORKSPACE_LIMIT:
+        return max(slots * slot_bytes, 256)
+    carried = 2 * value_heads * STATE_BYTES
+    return max(1, (WORKSPACE_LIMIT - carried) // slot_bytes) * slot_bytes + carried
+
+
+def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+    """Writes ``out`` and ``final_state`` (if not None), which may be ``call.initial_state``. Enqueues only: no synchronisation.
+
+    q, k, v, g or ``out`` are copied only where their address or a stride is not a multiple of 16 bytes.
+    """
+    B, T, H, K = call.q.shape
+    HV = call.v.shape[2]
+    if call.q.numel() == 0:  # no token: nothing to launch, the state passes through
+        if final_state is not None:
+            final_state.zero_() if call.initial_state is None else final_state.copy_(call.initial_state)
+        return
+    q, k, v, g = (x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in call[:4])
+    target = out if _aligned(out) else out.clone(memory_format=torch.contiguous_format)
+    beta = call.beta if call.beta.dtype in STATE_FLOATS else call.beta.float()
+    A_log = None if call.A_log is None else call.A_log.reshape(HV).float().contiguous()
+    dt_bias = None if call.dt_bias is None else call.dt_bias.reshape(HV, K).float().contiguous()
+    initial_state = None if call.initial_state is None else call.initial_state.contiguous()
+    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
+    size = workspace_size(B, T, call.num_sequences, HV, cu_seqlens is not None)
+    workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    ops.prefill(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        initial_state,
+        cu_seqlens,
+        target,
+        final_state,
+        workspace,
+        call.scale,
+        call.lower_bound,
+        call.use_gate_in_kernel,
+        call.use_qk_l2norm_in_kernel,
+        call.use_beta_sigmoid_in_kernel,
+        call.allow_neg_eigval,
+        call.state_v_first,
+    )
+    if target is not out:
+        out.copy_(target)
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    unit = ALIGNMENT // x.element_size()
+    # Nothing steps along a dimension of size 1. A stride of 0 repeats rows, which TMA does not take.
+    return x.data_ptr() % ALIGNMENT == 0 and all(n == 1 or (s > 0 and s % unit == 0) for n, s in zip(x.shape[:-1], x.stride()))

@@ -1,0 +1,6 @@
+"""KDA in plain PyTorch: the chunked path that runs anywhere, and the token recurrence that every path is measured against."""
+
+from .chunked import chunked_backward, chunked_forward
+from .recurrence import recurrent_kda
+
+__all__ = ["chunked_backward", "chunked_forward", "recurrent_kda"]
