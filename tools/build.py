@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Build the kernel package described by build.toml into build/<variant>/, as the `kernels` loader expects it.
 
     python tools/build.py                        the variant for the torch of this interpreter
@@ -28,12 +27,17 @@ import subprocess
 import sys
 import sysconfig
 import time
-import tomllib
 from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL_VERSION = "1"
 PYTHON_ABI = (3, 9)  # the limited API the extension is built against, and so the oldest Python that loads it
+CUTLASS_PACKAGE = "nvidia-cutlass==4.2.0.0"  # the headers on PyPI
 GLIBC = (2, 28)  # the oldest C library that loads it: manylinux_2_28
 
 
@@ -45,8 +49,12 @@ def say(text: str) -> None:
     print(f"[build] {text}", flush=True)
 
 
+def output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def version_tuple(text: str) -> tuple[int, ...]:
-    """"13.0.88" -> (13, 0, 88); what follows the dotted number is left out."""
+    """The dotted number a version starts with: (2, 13, 0) for "2.13.0+cpu"."""
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", text).group().split("."))
 
 
@@ -115,13 +123,13 @@ def validate_with_kernels(root: Path) -> None:
 
 
 def find_package(name: str) -> Path | None:
-    """Folder of an installed Python package, without importing it."""
+    """Folder of an installed Python package; it is not imported."""
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.origin:
         return Path(spec.origin).parent
     # pip's isolated build environment hides the packages of the interpreter it builds for; -I shows them again.
     probe = f"import importlib.util as u; s = u.find_spec({name!r}); print(s.origin if s else '')"
-    answer = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True)
+    answer = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True, check=False)
     return Path(answer.stdout.strip()).parent if answer.stdout.strip() else None
 
 
@@ -171,7 +179,7 @@ def find_nvcc(given: str | None, minimum: str) -> Nvcc:
         else:
             given = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     try:
-        text = subprocess.run([given, "--version"], capture_output=True, text=True, check=True).stdout
+        text = output(given, "--version")
     except (OSError, subprocess.CalledProcessError):
         raise BuildError(f"nvcc was not found (looked at {given})\n{how}") from None
     version = re.search(r"release (\d+\.\d+)", text)
@@ -192,7 +200,7 @@ def find_cutlass(given: str | None, depends: list[str]) -> Cutlass | None:
     """CUTLASS headers for the `cutlass_X_Y` that build.toml depends on; any release of the same major will do."""
     if not depends:
         return None
-    how = "  get it: pip install --no-deps nvidia-cutlass==4.2.0.0, or pass --cutlass DIR (a CUTLASS checkout)"
+    how = f"  get it: pip install --no-deps {CUTLASS_PACKAGE}, or pass --cutlass DIR (a CUTLASS checkout)"
     given = given or os.environ.get("CUTLASS_DIR")
     if given:
         roots = [Path(given), Path(given) / "include"]
@@ -217,13 +225,12 @@ def find_cutlass(given: str | None, depends: list[str]) -> Cutlass | None:
 
 def git_status(root: Path) -> dict | None:
     """Commit of the sources and whether tracked files differ from it; None outside a git checkout."""
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
-
+    git = ["git", "-C", str(root)]
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+        if Path(output(*git, "rev-parse", "--show-toplevel")).resolve() != root:
             return None
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        changes = output(*git, "status", "--porcelain", "--untracked-files=no")
+        return {"commit": output(*git, "rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -369,11 +376,11 @@ def older_glibc_symbols() -> str:
     glibc 2.34 merged libpthread, libdl and librt into libc under a new version, so linking the static CUDA runtime here
     would bind the library to glibc 2.34. The old versions of the symbols are still there; the map asks for them.
     """
-    libc = subprocess.run(["g++", "-print-file-name=libc.so.6"], capture_output=True, text=True, check=True).stdout.strip()
-    listing = subprocess.run(["nm", "-D", "--with-symbol-versions", libc], capture_output=True, text=True, check=True)
+    libc = output("g++", "-print-file-name=libc.so.6")
+    symbols = output("nm", "-D", "--with-symbol-versions", libc)
     default: dict[str, tuple] = {}
     usable: dict[str, list] = {}
-    for name, mark, version in re.findall(r" (\w+)(@@?)GLIBC_([\d.]+)$", listing.stdout, re.MULTILINE):
+    for name, mark, version in re.findall(r" (\w+)(@@?)GLIBC_([\d.]+)$", symbols, re.MULTILINE):
         if mark == "@@":
             default[name] = version_tuple(version)
         if version_tuple(version) <= GLIBC:
@@ -386,19 +393,19 @@ def cmake_list(items) -> str:
     return ";".join(str(item) for item in items)
 
 
-def cmake_config(spec: Spec, variant: Variant, build_id: str, torch: Torch, cutlass: Cutlass | None, debug: bool) -> str:
+def cmake_config(spec: Spec, variant: Variant, build_id: str, tools: Tools, debug: bool) -> str:
     """The initial cache CMakeLists.txt reads: build.toml's lists and what was found on this machine."""
     major, minor = version_tuple(spec.stable_abi)[:2]
     settings = {
         "KERNEL_ID": build_id,
         "EXTENSION_NAME": spec.python_name,
-        "TORCH_ROOT": torch.root,
+        "TORCH_ROOT": tools.torch.root,
         # torch/headeronly/version.h: one byte each of major and minor at the top of 64 bits
         "TORCH_TARGET_VERSION": f"0x{(major << 56) | (minor << 48):016x}",
         "PYTHON_INCLUDE": sysconfig.get_path("include"),
         "PYTHON_LIMITED_API": f"0x{PYTHON_ABI[0]:02x}{PYTHON_ABI[1]:02x}0000",
         "PYTHON_EXECUTABLE": sys.executable,
-        "CUTLASS_INCLUDE": cutlass.include if cutlass else "",
+        "CUTLASS_INCLUDE": tools.cutlass.include if tools.cutlass else "",
         "BINDING_SRC": cmake_list(spec.torch["src"]),
         "BINDING_INCLUDE": cmake_list(spec.torch.get("include", [])),
         "BINDING_CXX_FLAGS": cmake_list(spec.torch.get("cxx-flags", [])),
@@ -417,41 +424,54 @@ def cmake_config(spec: Spec, variant: Variant, build_id: str, torch: Torch, cutl
     return "".join(f'set({key} [[{value}]] CACHE INTERNAL "")\n' for key, value in settings.items())
 
 
-def compile_library(spec: Spec, variant: Variant, build_id: str, args: argparse.Namespace) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """What a native build needs besides nvcc."""
+
+    torch: Torch
+    cutlass: Cutlass | None
+    cmake: Path
+    ninja: Path
+
+
+def find_tools(spec: Spec, cutlass: str | None) -> Tools:
     torch = find_torch()
     if version_tuple(torch.version)[:2] < version_tuple(spec.stable_abi)[:2]:
         raise BuildError(
             f"torch {torch.version} at {torch.root} is too old: its headers must know the stable ABI of "
             f"{spec.stable_abi}\n  get it: pip install 'torch>={spec.stable_abi}' (a CPU build is enough to compile)"
         )
-    cutlass = find_cutlass(args.cutlass, spec.cutlass_depends())
+    headers = find_cutlass(cutlass, spec.cutlass_depends())
     cmake = find_program("cmake", "pip install cmake")
     ninja = find_program("ninja", "pip install ninja")
     find_program("g++", "apt-get install g++")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         raise BuildError(f"Python.h is missing for {sys.executable}\n  get it: apt-get install python3-dev")
-    say(f"nvcc {variant.nvcc.version} ({variant.nvcc.path}), headers of torch {torch.version}"
-        + (f", CUTLASS {cutlass.version}" if cutlass else ""))
+    return Tools(torch, headers, cmake, ninja)
 
+
+def compile_library(spec: Spec, variant: Variant, build_id: str, tools: Tools, args: argparse.Namespace) -> Path:
+    """Run CMake and ninja; returns the shared library in the work folder."""
     work = spec.root / ".build" / (variant.directory + ("-debug" if args.debug else ""))
     write_if_changed(work / "include" / "registration.h", REGISTRATION_H.encode())
     write_if_changed(work / "glibc.map", older_glibc_symbols().encode())
     config = work / "config.cmake"
-    write_if_changed(config, cmake_config(spec, variant, build_id, torch, cutlass, args.debug).encode())
+    write_if_changed(config, cmake_config(spec, variant, build_id, tools, args.debug).encode())
     env = os.environ | {"NINJA_STATUS": "[%f/%t %es] "}
     if args.verbose:
         env["KERNEL_BUILD_VERBOSE"] = "1"  # read by tools/nvcc.py
 
     def run(*command, quiet: bool = False) -> None:
         """A quiet command speaks only when it fails."""
-        result = subprocess.run([str(c) for c in command], env=env, capture_output=quiet, text=True)
+        result = subprocess.run([str(c) for c in command], env=env, capture_output=quiet, text=True, check=False)
         if result.returncode != 0:
             if quiet:
                 print(result.stdout + result.stderr, file=sys.stderr)
             raise BuildError("the compilation failed, see above\n  the whole command lines: --verbose")
 
-    run(cmake, "-S", ROOT, "-B", work, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-C", config, quiet=not args.verbose)
-    run(cmake, "--build", work, "--parallel", args.jobs, *(["--verbose"] if args.verbose else []))
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"]
+    run(tools.cmake, "-S", ROOT, "-B", work, *generator, "-C", config, quiet=not args.verbose)
+    run(tools.cmake, "--build", work, "--parallel", args.jobs, *(["--verbose"] if args.verbose else []))
     return work / f"{spec.python_name}.abi3.so"
 
 
@@ -459,22 +479,39 @@ def build(spec: Spec, variant: Variant, args: argparse.Namespace) -> Path:
     """Build one variant and return its folder."""
     start = time.monotonic()
     package = spec.python_files()
-    build_id = unique_id(spec, variant, package, "debug" if args.debug else "")
-    library = compile_library(spec, variant, build_id, args) if variant.nvcc else None
+    library, options = None, ""
+    if variant.nvcc:
+        tools = find_tools(spec, args.cutlass)
+        options = f"nvcc {variant.nvcc.version}, headers of torch {tools.torch.version}"
+        options += f", CUTLASS {tools.cutlass.version}" if tools.cutlass else ""
+        options += ", line information" if args.debug else ""
+        say(options)
+    build_id = unique_id(spec, variant, package, options)
+    if variant.nvcc:
+        library = compile_library(spec, variant, build_id, tools, args)
     target = args.output / variant.directory
     stage(spec, variant, build_id, package, library, target)
-    say(f"{target.relative_to(spec.root) if target.is_relative_to(spec.root) else target}: {build_id}, {time.monotonic() - start:.1f} s")
+    shown = target.relative_to(spec.root) if target.is_relative_to(spec.root) else target
+    say(f"{shown}: {build_id}, {time.monotonic() - start:.1f} s")
     return target
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=["auto", "cpu", "cuda", "torch-cuda", "all"], default="auto",
-                        help="auto (default): cuda where torch has CUDA, else cpu")
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "cpu", "cuda", "torch-cuda", "all"],
+        default="auto",
+        help="auto (default): cuda where torch has CUDA, else cpu",
+    )
     parser.add_argument("--nvcc", help="path of nvcc (default: CUDA_HOME, PATH, /usr/local/cuda)")
-    parser.add_argument("--cutlass", help="CUTLASS checkout or include folder (default: CUTLASS_DIR, nvidia-cutlass of PyPI)")
+    parser.add_argument(
+        "--cutlass", help="CUTLASS checkout or include folder (default: CUTLASS_DIR, nvidia-cutlass of PyPI)"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "build", help="where variants go (default: build/)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at a time (default: all cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="compilations at a time (default: all cores)"
+    )
     parser.add_argument("--debug", action="store_true", help="line information for profilers and compute-sanitizer")
     parser.add_argument("--verbose", action="store_true", help="show command lines and ptxas's registers and spills")
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 command = sys.argv[1:]
-result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 output = Path(command[command.index("-o") + 1]) if "-o" in command else None
 if output:
     output.with_suffix(".ptxas.txt").write_text(result.stdout)
