@@ -13,6 +13,7 @@ from tiny_models import (
     FUNCTIONS,
     assert_original,
     assert_replaced,
+    kda_module,
     kernelized,
     random_ids,
     relative_error,
@@ -120,10 +121,6 @@ def test_generate_gives_the_same_tokens(kernel, device, family):
         actual = generate()
     assert actual.shape == (2, 80)
     assert torch.equal(actual, expected)
-
-
-def kda_module(model):
-    return next(m for m in model.modules() if hasattr(m, "_kernel_funcs"))
 
 
 def make_convolution_pointwise(model):

@@ -125,6 +125,11 @@ def tiny_model(family: str, *, head_dim: int = 16, softplus: bool = False, seed:
     return model.eval()
 
 
+def kda_module(model) -> torch.nn.Module:
+    """The first KDA layer of a model."""
+    return next(m for m in model.modules() if hasattr(m, "_kernel_funcs"))
+
+
 def random_ids(batch: int, length: int, *, seed: int = 0, device="cpu") -> torch.Tensor:
     """Token ids without the special ones (below 3, and from 120 on)."""
     return torch.randint(3, 120, (batch, length), generator=torch.Generator().manual_seed(seed)).to(device)
