@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -475,8 +477,22 @@ def compile_library(spec: Spec, variant: Variant, build_id: str, tools: Tools, a
     return work / f"{spec.python_name}.abi3.so"
 
 
+@contextlib.contextmanager
+def exclusive(folder: Path):
+    """One build at a time in a checkout; a second one waits."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(spec: Spec, variant: Variant, args: argparse.Namespace) -> Path:
     """Build one variant and return its folder."""
+    with exclusive(spec.root / ".build"):
+        return build_alone(spec, variant, args)
+
+
+def build_alone(spec: Spec, variant: Variant, args: argparse.Namespace) -> Path:
     start = time.monotonic()
     package = spec.python_files()
     library, options = None, ""

@@ -64,8 +64,9 @@ kda::TensorView rows(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.stride(3) == 1, "prefill: the last dimension of ", name, " must be contiguous");
   check_alignment(tensor, kAlignment, name);
   for (int64_t dim = 0; dim < 3; ++dim) {
-    STD_TORCH_CHECK(stride(tensor, dim) * static_cast<int64_t>(tensor.element_size()) % kAlignment == 0, "prefill: ",
-                    name, "'s stride in dimension ", dim, " must be a multiple of ", kAlignment, " bytes");
+    const int64_t bytes = stride(tensor, dim) * static_cast<int64_t>(tensor.element_size());
+    STD_TORCH_CHECK(bytes > 0 && bytes % kAlignment == 0, "prefill: ", name, "'s stride in dimension ", dim,
+                    " must be a positive multiple of ", kAlignment, " bytes, got ", bytes);
   }
   return {tensor.data_ptr(), stride(tensor, 0), stride(tensor, 1), stride(tensor, 2)};
 }
