@@ -1,0 +1,357 @@
+"""Prefill benchmark: `chunk_kda` of this kernel beside FLA's, at every shape, gate mode and regime, with errors.
+
+    python benchmarks/prefill.py --tests            # the whole record; about 6 minutes on an H200
+    python benchmarks/prefill.py --rows 32x8192 8x8192 --regimes slow --no-write
+    python benchmarks/prefill.py --check            # does the record speak of these sources?
+    python benchmarks/prefill.py --device cpu --quick
+
+What the columns mean, and how each is measured: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+
+import record as records
+import reference
+import torch
+from console import number, progress, say, table
+from peers import compile_fla, fla_jobs, fla_variants, load_fla, load_ours, tune_fla
+from timing import Arm, measure, measure_cpu, set_count, spread
+from workloads import CPU_ROWS, REGIMES, ROWS, Cell, Row, cells, make_inputs, select_rows
+
+ERROR_TOKENS = 8192  # longest sequence that is checked against fp64
+ERROR_HEADS = 16  # heads of it, evenly spread: errors are norms over millions of elements either way
+QUICK_ROWS = ("32x512", "32x2048", "32x8192", "32x8x1024")
+
+
+def errors(call, inputs: dict, expected, heads: list[int]) -> tuple[float, float]:
+    """Relative errors of output and final state; NaN if anything in them, other heads included, is not finite."""
+    o, state = call(**inputs)
+    if not (torch.isfinite(o).all() and torch.isfinite(state).all()):
+        return float("nan"), float("nan")
+    return (
+        reference.relative_error(o[:, :, heads], expected[0]),
+        reference.relative_error(state[:, heads], expected[1]),
+    )
+
+
+def peer_error(value: float | None) -> float | None:
+    """A peer that is not finite has no error to compare with; ours that is not finite fails the record."""
+    return None if value is None or math.isnan(value) else value
+
+
+def run_cell(cell: Cell, ours, fla, options) -> dict:
+    """Measure one cell and return its row of the record. `fla` may be None."""
+    row, device = cell.row, options.device
+    sets = [make_inputs(cell, device, seed) for seed in range(set_count(row.bytes, device))]
+    if row.packed:
+        # A model's layers share one cu_seqlens, and FLA keeps what it derives from the last few it saw.
+        sets = [inputs | {"cu_seqlens": sets[0]["cu_seqlens"]} for inputs in sets]
+    arms = [Arm("ours", ours.chunk_kda, sets)] + ([Arm("fla", fla, sets)] if fla else [])
+
+    result = {
+        "H": row.heads,
+        "HV": row.hv,
+        "seq_lens": list(row.seq_lens),
+        "gate": cell.gate,
+        "regime": cell.regime,
+        "g_dtype": cell.g_dtype,
+    }
+    found = {arm.name: (None, None) for arm in arms}
+    if max(row.seq_lens) <= ERROR_TOKENS and options.errors:
+        heads = reference.spread_heads(row.hv, ERROR_HEADS)
+        expected = reference.chunk_kda(**sets[0], heads=heads)
+        found = {arm.name: errors(arm.call, sets[0], expected, heads) for arm in arms}
+        del expected
+
+    for arm in arms:
+        arm.run_all()
+        if device.type == "cuda":
+            try:
+                arm.capture()
+            except Exception as error:
+                # FLA may read lengths on the host, which no graph takes; its eager time stands alone then.
+                if arm.name == "ours":
+                    raise
+                say(f"  {cell.label}: FLA was not captured in a graph: {str(error).splitlines()[0]}")
+                torch.cuda.synchronize()
+    (measure if device.type == "cuda" else measure_cpu)(arms, options.repeats)
+
+    mine = arms[0]
+    result["ms"] = statistics.median(mine.gpu_ms)
+    result["ms_spread"] = spread(mine.gpu_ms)
+    result["eager_ms"] = statistics.median(mine.eager_ms)
+    result["call_ms"] = statistics.median(mine.call_ms)
+    for key in ("fla_ms", "fla_ms_spread", "fla_gpu_ms", "fla_call_ms"):
+        result[key] = None
+    if fla:
+        peer = arms[1]
+        result["fla_ms"] = statistics.median(peer.eager_ms)
+        result["fla_ms_spread"] = spread(peer.eager_ms)
+        result["fla_gpu_ms"] = statistics.median(peer.gpu_ms) if peer.gpu_ms else None
+        result["fla_call_ms"] = statistics.median(peer.call_ms)
+    result["err_o"], result["err_s"] = found["ours"]
+    result["fla_err_o"], result["fla_err_s"] = map(peer_error, found.get("fla", (None, None)))
+    result["workspace_bytes"] = workspace_bytes(ours, row, device)
+    result["tbps"] = row.bytes / result["ms"] / 1e9
+    result["tflops"] = row.flops / result["ms"] / 1e9
+    result["reach_ms"] = row.target(cell.regime) if cell.gate != "given" else None
+    return {key: round_significant(value) for key, value in result.items()}
+
+
+def round_significant(value):
+    """Five digits: more than the spread of any measurement here."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def workspace_bytes(ours, row: Row, device: torch.device) -> int:
+    """What the CUDA prefill allocates beside its outputs; the PyTorch path has no workspace of its own."""
+    if device.type != "cuda":
+        return 0
+    sequences = len(row.seq_lens)
+    return ours.prefill.workspace_size(1, row.tokens, sequences, row.hv, row.packed)
+
+
+def environment(device: torch.device, fla_version: str | None) -> dict:
+    cuda = device.type == "cuda"
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    driver = None
+    if cuda:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return {
+        "gpu": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "fla": fla_version,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "source_digest": records.source_digest(),
+    }
+
+
+def test_counts(junit: Path) -> dict:
+    """Tests passed, failed (errors included) and skipped in a junit file."""
+    suites = xml.etree.ElementTree.parse(junit).getroot().iter("testsuite")
+    total = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    for suite in suites:
+        for key in total:
+            total[key] += int(suite.get(key, 0))
+    failed = total["failures"] + total["errors"]
+    return {"passed": total["tests"] - failed - total["skipped"], "failed": failed, "skipped": total["skipped"]}
+
+
+def run_tests() -> dict:
+    """Run the suite in a process of its own and count."""
+    with tempfile.TemporaryDirectory() as directory:
+        junit = Path(directory) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", f"--junitxml={junit}", "tests"]
+        # Tests choose for themselves when to be strict about the CUDA path.
+        env = {key: value for key, value in os.environ.items() if key != "FLASH_KDA_STRICT"}
+        subprocess.run(command, cwd=records.ROOT, env=env, stdout=sys.stderr, check=False)  # counted from junit
+        if not junit.is_file():
+            raise SystemExit("pytest wrote no result; see its output above")
+        return test_counts(junit)
+
+
+def times_table(rows: list[dict]) -> str:
+    """One line a shape: ours in each regime, FLA with either gate, the host's time a call, and where a target was missed."""
+    shapes: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if row["gate"] != "given":
+            shapes.setdefault((row["H"], tuple(row["seq_lens"])), {})[row["regime"]] = row
+    lines = []
+    for (heads, seq_lens), found in shapes.items():
+        row = Row(heads, seq_lens)
+        bounded = next((found[r] for r in REGIMES if r in found and r != "kimi"), {})
+        late = [r for r, x in found.items() if x.get("reach_ms") and x["ms"] > x["reach_ms"]]
+        lines.append(
+            [str(heads), row.label]
+            + [number(found.get(regime, {}).get("ms")) for regime in REGIMES]
+            + [number(bounded.get("fla_ms")), number(found.get("kimi", {}).get("fla_ms"))]
+            + [number(max(x["call_ms"] for x in found.values())), " ".join(late) or "none"]
+        )
+    return table(["H", "sequences", *REGIMES, "FLA", "FLA kimi", "call", "over reach in"], lines)
+
+
+def given_table(rows: list[dict]) -> str:
+    lines = [
+        [
+            str(r["H"]),
+            Row(r["H"], tuple(r["seq_lens"])).label,
+            r["g_dtype"],
+            r["regime"],
+            number(r["ms"]),
+            number(r["fla_ms"]),
+        ]
+        for r in rows
+        if r["gate"] == "given"
+    ]
+    return table(["H", "sequences", "g", "regime", "ms", "FLA"], lines) if lines else ""
+
+
+def errors_table(rows: list[dict]) -> str:
+    """Largest error by gate mode and regime, ours beside FLA's."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["err_o"] is not None:
+            gate = f"given {row['g_dtype']}" if row["gate"] == "given" else row["gate"]
+            groups.setdefault((gate, row["regime"]), []).append(row)
+
+    def worst(group, key):
+        values = [row[key] for row in group if row[key] is not None]
+        if not values:
+            return "–"
+        return f"{max(values, key=lambda x: (math.isnan(x), x)):.2e}"
+
+    keys = ("err_o", "fla_err_o", "err_s", "fla_err_s")
+    lines = [[*group, *(worst(members, key) for key in keys)] for group, members in groups.items()]
+    return table(["gate", "regime", "o", "o FLA", "state", "state FLA"], lines) if lines else ""
+
+
+def verdicts(rows: list[dict]) -> list[str]:
+    """What the issue asks of every row, and where it does not hold."""
+
+    def name(row):
+        shape = Row(row["H"], tuple(row["seq_lens"]), value_heads=row["HV"])
+        return Cell(shape, row["gate"], row["regime"], row["g_dtype"]).label
+
+    def collect(title, condition):
+        bad = [name(row) for row in rows if condition(row)]
+        more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
+        return f"{title}: {len(bad)} of {len(rows)}" + (f" ({'; '.join(bad[:6])}{more})" if bad else "")
+
+    def worse(row, key):
+        ours, theirs = row[key], row[f"fla_{key}"]
+        return ours is not None and (math.isnan(ours) or (theirs is not None and ours > theirs))
+
+    return [
+        collect("slower than FLA", lambda r: r["fla_ms"] is not None and r["ms"] > r["fla_ms"]),
+        collect("slower than FLA in a CUDA graph", lambda r: r["fla_gpu_ms"] is not None and r["ms"] > r["fla_gpu_ms"]),
+        collect("eager slower than FLA", lambda r: r["fla_ms"] is not None and r["eager_ms"] > r["fla_ms"]),
+        collect("over reach", lambda r: r["reach_ms"] is not None and r["ms"] > r["reach_ms"]),
+        collect("output less exact than FLA", lambda r: worse(r, "err_o")),
+        collect("state less exact than FLA", lambda r: worse(r, "err_s")),
+    ]
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", type=torch.device, help="cuda (default) or cpu")
+    parser.add_argument("--rows", nargs="+", metavar="ID", help=f"row ids: {' '.join(row.id for row in ROWS)}")
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=REGIMES)
+    parser.add_argument(
+        "--given", choices=("none", "subset", "all"), default="subset", help="rows with a precomputed gate"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"rows {' '.join(QUICK_ROWS)}, no precomputed gates, few repeats"
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="interleaved samples a row (default 9)")
+    parser.add_argument("--no-fla", dest="fla", action="store_false", help="leave FLA out")
+    parser.add_argument("--no-errors", dest="errors", action="store_false", help="leave the fp64 reference out")
+    parser.add_argument(
+        "--tests",
+        nargs="?",
+        const="run",
+        metavar="JUNIT",
+        help="record test counts: run pytest first, or read a junit file",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the record (default benchmarks/results)")
+    parser.add_argument(
+        "--no-write", dest="write", action="store_false", help="print only; implied by a part of the rows"
+    )
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        const=True,
+        type=Path,
+        metavar="JSON",
+        help="say whether the record speaks of these sources; exit 1 if not",
+    )
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.given, options.repeats = "none", min(options.repeats, 3)
+        options.rows = options.rows or (None if options.device.type == "cpu" else list(QUICK_ROWS))
+    if options.device.type == "cuda" and options.check is None and not torch.cuda.is_available():
+        parser.error("no CUDA device; --device cpu runs the PyTorch path on small shapes")
+    try:
+        options.rows = CPU_ROWS if options.device.type == "cpu" and not options.rows else select_rows(options.rows)
+    except ValueError as error:
+        parser.error(str(error))
+    # A part of the table must not replace the whole one, but may be written elsewhere.
+    whole = options.rows == ROWS and tuple(options.regimes) == REGIMES
+    options.write = options.write and (whole or options.out is not None)
+    return options
+
+
+def check(path: Path | None) -> int:
+    found = records.check(path)
+    if found:
+        print(f"{path or records.RESULTS}: does not speak of the present sources")
+        print("\n".join(f"- {problem}" for problem in found))
+        return 1
+    print(f"{path}: speaks of the present sources")
+    return 0
+
+
+def main(argv=None) -> int:
+    options = parse(argv)
+    if options.check is not None:
+        return check(records.find() if options.check is True else options.check)
+
+    started = time.monotonic()
+    tests = None
+    if options.tests:
+        tests = run_tests() if options.tests == "run" else test_counts(Path(options.tests))
+        say(f"tests: {tests}")
+    ours = load_ours(options.device)
+    fla, fla_version = load_fla() if options.fla and options.device.type == "cuda" else (None, None)
+    if options.fla and fla is None:
+        say("FLA is not here (pip install fla-core==0.6.0, on a GPU): its columns stay empty")
+    plan = cells(options.rows, tuple(options.regimes), options.given)
+    meta = environment(options.device, fla_version)
+
+    rows = []
+    with torch.no_grad():
+        if fla:
+            with progress(len(fla_jobs(plan)), "FLA compiled") as advance:
+                compile_fla(plan, advance)
+            with progress(len(fla_variants(plan)), "FLA tuned") as advance:
+                tune_fla(fla, plan, options.device, advance)
+        with progress(len(plan), "measured") as advance:
+            for cell in plan:
+                rows.append(run_cell(cell, ours, fla, options))
+                advance(f"{cell.label}: {number(rows[-1]['ms'])} ms, FLA {number(rows[-1]['fla_ms'])}")
+
+    record = {"meta": meta | {"tests": tests, "repeats": options.repeats, "error_heads": ERROR_HEADS}, "rows": rows}
+    malformed = records.problems(record)
+    if options.write:
+        path = records.write(record, options.out or records.RESULTS)
+        say(f"wrote {path}")
+    print(
+        f"\n{meta['gpu']}, torch {meta['torch']}, FLA {fla_version}, {time.monotonic() - started:.0f} s; milliseconds\n"
+    )
+    print("\n\n".join(filter(None, (times_table(rows), given_table(rows), errors_table(rows)))) + "\n")
+    print("\n".join(verdicts(rows) + malformed))
+    return 1 if malformed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
