@@ -1,0 +1,41 @@
+"""Every test uses the package as its users do: built into build/<variant>/ and loaded through `kernels.get_kernel`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+REPO_ID = "moonshot/flash-kda"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a Hopper GPU and the CUDA build")
+    os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
+    # The Python-only variant builds in under a second, so it is always that of the present sources. The CUDA variant is
+    # compiled beforehand: the machine that tests it need not have nvcc. Workers of pytest-xdist find the controller's build.
+    if torch.version.cuda is None and not hasattr(config, "workerinput"):
+        subprocess.run([sys.executable, ROOT / "tools" / "build.py", "--backend", "cpu"], check=True, stdout=subprocess.DEVNULL)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session")
+def kernel():
+    """The package, as the loader hands it out."""
+    from kernels import get_kernel
+
+    return get_kernel(REPO_ID, version=1)
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
