@@ -338,6 +338,8 @@ def main(argv=None) -> int:
         with progress(len(plan), "measured") as advance:
             for cell in plan:
                 rows.append(run_cell(cell, ours, fla, options))
+                if options.device.type == "cuda":
+                    torch.cuda.empty_cache()  # a graph's memory pool is not reused by the next graph
                 advance(f"{cell.label}: {number(rows[-1]['ms'])} ms, FLA {number(rows[-1]['fla_ms'])}")
 
     record = {"meta": meta | {"tests": tests, "repeats": options.repeats, "error_heads": ERROR_HEADS}, "rows": rows}

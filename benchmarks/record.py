@@ -16,7 +16,7 @@ GENERATED = {"_ops.py", "registration.h", "metadata.json"}  # written by the bui
 
 META = ("gpu", "driver", "cuda", "torch", "triton", "fla", "date", "source_digest", "tests")
 ROW = (
-    "H", "HV", "seq_lens", "gate", "regime", "ms", "ms_spread", "call_ms", "fla_ms",
+    "H", "HV", "seq_lens", "gate", "regime", "ms", "ms_spread", "eager_ms", "call_ms", "fla_ms",
     "err_o", "err_s", "fla_err_o", "fla_err_s", "workspace_bytes",
 )  # fmt: skip
 GATES = ("lower_bound", "softplus", "given")
@@ -95,7 +95,7 @@ def problems(record: dict) -> list[str]:
             found.append(f"{where}.regime: expected one of {REGIMES}, got {row['regime']!r}")
         if not (isinstance(row["seq_lens"], list) and row["seq_lens"]):
             found.append(f"{where}.seq_lens: expected a list of lengths, got {row['seq_lens']!r}")
-        for key in ("ms", "ms_spread", "call_ms", "workspace_bytes", *OPTIONAL):
+        for key in ("ms", "ms_spread", "eager_ms", "call_ms", "workspace_bytes", *OPTIONAL):
             value = row[key]
             if value is None and key in OPTIONAL:
                 continue
