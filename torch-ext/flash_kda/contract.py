@@ -7,7 +7,6 @@ them. Errors are ``ValueError`` or ``TypeError`` and read ``<argument>: expected
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -149,7 +148,7 @@ def check_call(
         bool(use_beta_sigmoid_in_kernel),
         bool(allow_neg_eigval),
         bool(state_v_first),
-        bool(batch_invariant) or os.environ.get("FLASH_KDA_BATCH_INVARIANT") == "1",
+        bool(batch_invariant),
     )
     if initial_state is not None:
         _state("initial_state", initial_state, call)

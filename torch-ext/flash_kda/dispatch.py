@@ -12,7 +12,7 @@ Environment, read at each call:
 - ``FLASH_KDA_VALIDATE=1``: checks the contents of ``cu_seqlens`` (synchronises).
 - ``FLASH_KDA_BATCH_INVARIANT=1``: as ``batch_invariant=True`` of every call.
 
-The logger ``flash_kda`` (this package's ``__name__``) says at INFO what ran.
+The logger ``flash_kda`` says at INFO what ran.
 
 Under ``torch.compile``, and wherever a gradient is needed, the call goes through the custom ops below, so that the compiler
 sees one node of known shape and autograd one backward, which runs the PyTorch path again piece by piece.
@@ -32,7 +32,7 @@ from ._ops import add_op_namespace_prefix
 from .contract import Call, check_contents
 from .reference import chunked_backward, chunked_forward
 
-logger = logging.getLogger(__package__)
+logger = logging.getLogger("flash_kda")
 
 CUDA_PREFILL = "cuda prefill"
 PYTORCH = "pytorch"
@@ -44,7 +44,7 @@ def select(call: Call, needs_grad: bool) -> tuple[str, str]:
     """``(path, reason)``: which path the call takes, and why."""
     if call.q.device.type != "cuda":
         return PYTORCH, f"the tensors are on {call.q.device.type}"
-    if not prefill.available():
+    if not prefill.AVAILABLE:
         return PYTORCH, "this build of flash_kda has no CUDA kernels"
     if _capability(call.q.device) != (9, 0):
         return PYTORCH, "the kernel runs on compute capability 9.0 only, the device has {}.{}".format(*_capability(call.q.device))
@@ -63,6 +63,8 @@ def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None, needs_g
     """Writes ``out`` and ``final_state`` (if not None) by the path that :func:`select` names."""
     if os.environ.get("FLASH_KDA_VALIDATE") == "1":
         check_contents(call)
+    if os.environ.get("FLASH_KDA_BATCH_INVARIANT") == "1":
+        call = call._replace(batch_invariant=True)
     path, reason = select(call, needs_grad)
     if path == PYTORCH and call.q.device.type == "cuda":
         _fell_back(reason)

@@ -1,6 +1,6 @@
 """The CUDA prefill: the torch op ``prefill`` (sm_90a, bfloat16, K = V = 128) and what it wants prepared.
 
-Builds without CUDA have no such op; :func:`available` says so and nothing else here runs.
+Builds without CUDA have no such op; ``AVAILABLE`` says so and :func:`run` is never called.
 """
 
 from __future__ import annotations
@@ -13,19 +13,15 @@ from .contract import STATE_FLOATS, Call
 HEAD_DIM = 128
 CHUNK = 64
 # What the prologue hands to the recurrence for one chunk and value head (kda_cutlass/prefill/params.h)
-RECORD_BYTES = 66048
+RECORD_BYTES = 66304
 STATE_BYTES = HEAD_DIM * HEAD_DIM * 4
 # The whole call runs in one launch up to here; beyond, in slabs that reuse this much and carry two states a head between them.
 WORKSPACE_LIMIT = 256 << 20
 ALIGNMENT = 16  # bytes: TMA reads rows at such addresses and strides
 
 
-def available() -> bool:
-    """Whether this build carries the CUDA op."""
-    return hasattr(ops, "prefill")
-
-
-if available():
+AVAILABLE = hasattr(ops, "prefill")
+if AVAILABLE:
 
     @torch.library.register_fake(add_op_namespace_prefix("prefill"))
     def _(*args) -> None:

@@ -28,40 +28,42 @@ PIECE_ELEMENTS = 1 << 20
 class _Group:
     """Sequences of one length that are walked together: rows ``rows`` of a fixed batch, or spans of a packed one."""
 
-    members: list[int]  # their numbers among all sequences
-    starts: list[int] | None  # first token of each in the packed batch; None: row ``member`` of a fixed batch
+    members: slice | list[int]  # their numbers among all sequences; a slice of the rows of a fixed batch
+    starts: list[int] | None  # first token of each in a packed batch
+    size: int
     length: int
 
     def read(self, x: torch.Tensor, a: int, b: int) -> torch.Tensor:
         """Tokens [a, b) of every member: ``[n, b - a, ...]``. A view where one slice covers them."""
         if self.starts is None:
-            return x[self.members[0] : self.members[-1] + 1, a:b]
+            return x[self.members, a:b]
         if len(self.starts) == 1:
             return x[:, self.starts[0] + a : self.starts[0] + b]
         return torch.stack([x[0, s + a : s + b] for s in self.starts])
 
     def write(self, x: torch.Tensor, a: int, b: int, value: torch.Tensor) -> None:
         if self.starts is None:
-            x[self.members[0] : self.members[-1] + 1, a:b].copy_(value)
+            x[self.members, a:b].copy_(value)
         else:
             for s, one in zip(self.starts, value):
                 x[0, s + a : s + b].copy_(one)
 
 
-def _groups(call, compute_rows: int) -> Iterator[_Group]:
-    """Splits the batch into groups of equal length, each of at most ``compute_rows`` sequences."""
+def _groups(call, most: int) -> Iterator[_Group]:
+    """Splits the batch into groups of equal length, each of at most ``most`` sequences."""
     if call.cu_seqlens is None:
         B, T = call.q.shape[:2]
-        for b in range(0, B, compute_rows):
-            yield _Group(list(range(b, min(b + compute_rows, B))), None, T)
+        for b in range(0, B, most):
+            size = min(most, B - b)
+            yield _Group(slice(b, b + size), None, size, T)
         return
     by_length: dict[int, list[tuple[int, int]]] = {}
     for n, (start, length) in enumerate(sequence_spans(call)):
         by_length.setdefault(length, []).append((n, start))
     for length, spans in by_length.items():
-        for i in range(0, len(spans), compute_rows):
-            part = spans[i : i + compute_rows]
-            yield _Group([n for n, _ in part], [s for _, s in part], length)
+        for i in range(0, len(spans), most):
+            part = spans[i : i + most]
+            yield _Group([n for n, _ in part], [s for _, s in part], len(part), length)
 
 
 def sequence_spans(call) -> list[tuple[int, int]]:
@@ -87,9 +89,9 @@ def _pieces(length: int, tokens: int) -> Iterator[tuple[int, int, int]]:
 def _plan(call) -> Iterator[tuple[_Group, list[tuple[int, int, int]]]]:
     HV, K = call.g.shape[2:]
     chunk_elements = HV * CHUNK * max(K, call.v.shape[-1], 1)
-    rows = 1 if call.batch_invariant else max(1, PIECE_ELEMENTS // max(chunk_elements, 1))
-    for group in _groups(call, rows):
-        chunks = max(1, PIECE_ELEMENTS // max(len(group.members) * chunk_elements, 1))
+    most = 1 if call.batch_invariant else max(1, PIECE_ELEMENTS // max(chunk_elements, 1))
+    for group in _groups(call, most):
+        chunks = max(1, PIECE_ELEMENTS // max(group.size * chunk_elements, 1))
         yield group, list(_pieces(group.length, chunks * CHUNK))
 
 
@@ -124,40 +126,51 @@ def _pair_products(q, k, decay):
     return Aqk, Akk, from_start, to_end
 
 
-def _piece(q, k, v, g, beta, A_log, dt_bias, S, call, C):
-    """A piece of every sequence of a group: ``([n, L, HV, V] output, state after it)``. Differentiable by autograd.
-
-    q, k ``[n, L, H, K]``; v, g, beta ``[n, L, HV, ..]``; S ``[n, HV, K, V]`` in the compute dtype; L any length, chunks of C.
-    """
-    n, L, H, K = q.shape
-    HV, V = v.shape[2:]
-    chunks = -(-L // C)
-
-    def by_chunk(x):
-        """[n, L, h, d] -> [n * HV * chunks, C, d], tokens past L zero: a zero key and beta leave the state as it is."""
-        x = x.transpose(1, 2)
-        if chunks * C > L:
-            x = F.pad(x, (0, 0, 0, chunks * C - L))
-        if x.shape[1] != HV:
-            x = x.repeat_interleave(HV // H, dim=1)
-        return x.reshape(n * HV * chunks, C, -1)
-
-    q, k, v, g, beta = (x.to(S.dtype) for x in (q, k, v, g, beta))
+def _activate(q, k, v, g, beta, A_log, dt_bias, call, dtype):
+    """The five tensors in ``dtype``: q and k normalised and q scaled, g the decay exp(log decay), beta the step, as the call asks."""
+    q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     if call.use_qk_l2norm_in_kernel:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
-    q = q * call.scale
     if call.use_gate_in_kernel:
+        HV, K = g.shape[2:]
         if dt_bias is not None:
-            g = g + dt_bias.to(S.dtype).reshape(HV, K)
-        rate = None if A_log is None else A_log.to(S.dtype).exp().reshape(HV, 1)
+            g = g + dt_bias.to(dtype).reshape(HV, K)
+        rate = None if A_log is None else A_log.to(dtype).exp().reshape(HV, 1)
         if call.lower_bound is None:
             g = F.softplus(g) * -rate
         else:
             g = torch.sigmoid(g if rate is None else g * rate) * call.lower_bound
     if call.use_beta_sigmoid_in_kernel:
         beta = torch.sigmoid(beta) * (2 if call.allow_neg_eigval else 1)
+    return q * call.scale, k, v, g.exp(), beta
 
-    q, k, v, decay, beta = by_chunk(q), by_chunk(k), by_chunk(v), by_chunk(g).exp(), by_chunk(beta[..., None])
+
+def _token(q, k, v, decay, beta, S):
+    """One step of the recurrence, S ``[n, HV, K, V]``, the others ``[n, 1, HV, ..]``: what a chunk of one token comes to."""
+    groups = v.shape[2] // q.shape[2]
+    q, k = (x[:, 0].repeat_interleave(groups, dim=1)[..., None, :] for x in (q, k))
+    S = decay[:, 0, ..., None] * S
+    V_new = beta[:, 0, :, None, None] * (v[:, 0, :, None] - k @ S)
+    S = S + k.mT * V_new
+    return (q @ S).transpose(1, 2), S
+
+
+def _chunks(q, k, v, decay, beta, S, C):
+    """Whole chunks of C tokens and a last one of any length: ``([n, L, HV, V] output, state after them)``."""
+    n, L, H, K = q.shape
+    HV, V = v.shape[2:]
+    chunks = -(-L // C)
+
+    def by_chunk(x, beyond=0):
+        """[n, L, h, d] -> [n * HV * chunks, C, d], tokens past L as ``beyond``: with a zero key they leave the state as it is."""
+        x = x.transpose(1, 2)
+        if chunks * C > L:
+            x = F.pad(x, (0, 0, 0, chunks * C - L), value=beyond)
+        if x.shape[1] != HV:
+            x = x.repeat_interleave(HV // H, dim=1)
+        return x.reshape(n * HV * chunks, C, -1).contiguous()
+
+    q, k, v, decay, beta = by_chunk(q), by_chunk(k), by_chunk(v), by_chunk(decay, beyond=1), by_chunk(beta[..., None])
     Aqk, Akk, from_start, to_end = _pair_products(q, k, decay)
     # (I + diag(beta) Akk) X = beta [V | K e^G]: substitution stays exact where powers of Akk would blow up (equal keys, beta 2)
     U, W = torch.linalg.solve_triangular(
@@ -178,6 +191,15 @@ def _piece(q, k, v, g, beta, A_log, dt_bias, S, call, C):
     return o, S.view(n, HV, K, V)
 
 
+def _piece(q, k, v, g, beta, A_log, dt_bias, S, call, C):
+    """A piece of every sequence of a group: ``([n, L, HV, V] output, state after it)``. Differentiable by autograd.
+
+    q, k ``[n, L, H, K]``; v, g, beta ``[n, L, HV, ..]``; S ``[n, HV, K, V]`` in the compute dtype; L any length, chunks of C.
+    """
+    activated = _activate(q, k, v, g, beta, A_log, dt_bias, call, S.dtype)
+    return _token(*activated, S) if C == 1 else _chunks(*activated, S, C)
+
+
 def _compute_dtype(call) -> torch.dtype:
     return torch.float64 if call.q.dtype == torch.float64 else torch.float32
 
@@ -185,7 +207,7 @@ def _compute_dtype(call) -> torch.dtype:
 def _initial_state(call, group: _Group) -> torch.Tensor:
     if call.initial_state is None:
         K, V = call.q.shape[-1], call.v.shape[-1]
-        return call.q.new_zeros(len(group.members), call.v.shape[2], K, V, dtype=_compute_dtype(call))
+        return call.q.new_zeros(group.size, call.v.shape[2], K, V, dtype=_compute_dtype(call))
     S = call.initial_state[group.members].to(_compute_dtype(call))
     return S.mT if call.state_v_first else S
 
