@@ -20,8 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import build as kernel_build
 
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
+try:
+    NVCC = kernel_build.find_nvcc(None, "12.8")
+    kernel_build.find_tools(kernel_build.Spec(ROOT), None)
+    missing = ""
+except kernel_build.BuildError as error:
+    missing = str(error)
+needs_nvcc = pytest.mark.skipif(bool(missing), reason=missing)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,16 @@ def built(variant: str, backend: str, output: Path, root: Path = ROOT) -> Path:
 
 def read_metadata(variant: Path) -> dict:
     return json.loads((variant / "metadata.json").read_text())
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    for section, count in [("Set up", 2), ("Tests", 1)]:
+        commands = re.search(rf"^## {section}\n.*?^```bash\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)[
+            1
+        ].splitlines()
+        assert len(commands) == count
+        assert [command for command in commands if command not in ci] == []
 
 
 # --- build.toml -----------------------------------------------------------------------------------------------------
@@ -164,17 +179,12 @@ def test_rebuild_leaves_nothing_behind(checkout, tmp_path):
 @pytest.fixture(scope="module")
 def cuda_variant(spec) -> Path:
     """Built in place, so that what ./.ci/run or a developer has compiled is not compiled again."""
-    result = run_build("--backend", "cuda")
-    assert result.returncode == 0, result.stdout + result.stderr
-    (library,) = (ROOT / "build").glob("torch-stable-abi211-cu*-x86_64-linux/*.so")
-    return library.parent
+    return built(f"torch-stable-abi211-cu{NVCC.version.replace('.', '')}-x86_64-linux", "cuda", ROOT / "build")
 
 
 @needs_nvcc
 def test_cuda_variant(cuda_variant, spec):
     read = check_variant(cuda_variant, spec)
-    release = re.search(r"release (\d+)\.(\d+)", subprocess.check_output([NVCC, "--version"], text=True))
-    assert cuda_variant.name == f"torch-stable-abi211-cu{release[1]}{release[2]}-x86_64-linux"
     assert (read.backend.backend_type, read.backend.archs) == (Backend.CUDA, ["9.0a"])
     assert (cuda_variant / f"{read.id}.abi3.so").is_file()
     assert f"from . import {read.id}" in (cuda_variant / "_ops.py").read_text()
@@ -278,7 +288,7 @@ __global__ void bad(float* out, unsigned long long a, unsigned long long b) {
     command = [
         sys.executable,
         ROOT / "tools" / "nvcc.py",
-        NVCC,
+        NVCC.path,
         "-gencode=arch=compute_90a,code=sm_90a",
         "-c",
         source,
