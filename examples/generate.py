@@ -13,6 +13,7 @@ its agreement with itself mean something.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import sys
@@ -58,25 +59,42 @@ class WordSalad:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument("--preset", choices=["small", "48b"], default="small", help="size of the random model (default: small)")
-    model.add_argument("--checkpoint", metavar="DIR_OR_ID", help="load this transformers checkpoint instead of a preset")
+    model.add_argument(
+        "--preset", choices=["small", "48b"], default="small", help="size of the random model (default: small)"
+    )
+    model.add_argument(
+        "--checkpoint", metavar="DIR_OR_ID", help="load this transformers checkpoint instead of a preset"
+    )
     model.add_argument("--device", help="default: cuda if there is one, else cpu")
     model.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
     model.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", default="the old captain remembers a quiet harbour where", help="how the text begins")
-    text.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="repeat the prompt up to N tokens, so that "
-                      "its prefill can be timed; 0: as it is (default: 512)")
+    text.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="repeat the prompt up to N tokens, so that its prefill can be timed; 0: as it is (default: 512)",
+    )
     text.add_argument("--new-tokens", type=int, default=48, metavar="N", help="tokens to generate (default: 48)")
     text.add_argument("--batch", type=int, default=1, metavar="B", help="copies generated at once (default: 1)")
     kernel = parser.add_argument_group("kernels")
-    kernel.add_argument("--kernel", default=str(ROOT / "build"), metavar="DIR_OR_ID", help="build directory, or Hub "
-                        "repository as owner/name, whose code you then trust (default: build/ of this checkout)")
-    kernel.add_argument("--only-kernels", action="store_true", help="leave out the run without kernels (at 48b it needs much memory)")
+    kernel.add_argument(
+        "--kernel",
+        default=str(ROOT / "build"),
+        metavar="DIR_OR_ID",
+        help="build directory, or Hub repository as owner/name, whose code you then trust (default: build/)",
+    )
+    kernel.add_argument(
+        "--only-kernels", action="store_true", help="leave out the run without kernels (at 48b it needs much memory)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_args()
     if args.new_tokens < 2 or args.batch < 1 or args.prompt_tokens < 0 or not args.prompt.strip():
-        parser.error("--new-tokens must be at least 2, --batch at least 1, --prompt-tokens not negative, --prompt not empty")
+        parser.error(
+            "--new-tokens must be at least 2, --batch at least 1, --prompt-tokens not negative, --prompt not empty"
+        )
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
     return args
@@ -108,8 +126,8 @@ def random_model(args: argparse.Namespace):
             layer_types=["linear_attention"] * 3 + ["full_attention"],
             num_attention_heads=4,
             num_key_value_heads=4,
-            num_local_experts=8,
-            num_experts_per_tok=2,
+            num_local_experts=4,
+            num_experts_per_tok=4,  # all: a choice would flip by rounding, and random experts have nothing in common
             kv_lora_rank=64,
             qk_nope_head_dim=32,
             qk_rope_head_dim=16,
@@ -144,21 +162,39 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class TokenClock:
+    """Notes when each token of a `generate` call is there; looks like a stopping criterion that never stops."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        synchronize(ids.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+
 @torch.no_grad()
+def generate(model, prompt: torch.Tensor, new_tokens: int, clock: TokenClock | None = None) -> torch.Tensor:
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        stopping_criteria=[clock] if clock else None,
+    )
+
+
 def run(model, prompt: torch.Tensor, new_tokens: int) -> dict:
-    """Generate greedily and time it: prefill is a call that generates one token, the rest of a full call is decode."""
-
-    def generate(n: int) -> tuple[float, torch.Tensor]:
-        synchronize(prompt.device)
-        start = time.perf_counter()
-        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=n, max_new_tokens=n, do_sample=False)
-        synchronize(prompt.device)
-        return time.perf_counter() - start, ids
-
-    generate(2)  # warms caches, allocators and lazily loaded libraries
-    prefill = min(generate(1)[0] for _ in range(3))
-    total, ids = generate(new_tokens)
-    return {"prefill": prompt.numel() / prefill, "decode": prompt.shape[0] * (new_tokens - 1) / (total - prefill), "ids": ids}
+    """Generate greedily and time it: prefill ends with the first token, decode is the rest. In tokens per second."""
+    generate(model, prompt, 2)  # warms caches, allocators and lazily loaded libraries
+    clock = TokenClock()
+    synchronize(prompt.device)
+    start = time.perf_counter()
+    ids = generate(model, prompt, new_tokens, clock)
+    prefill, decode = clock.times[0] - start, clock.times[-1] - clock.times[0]
+    return {"prefill": prompt.numel() / prefill, "decode": prompt.shape[0] * (new_tokens - 1) / decode, "ids": ids}
 
 
 @torch.no_grad()
@@ -177,7 +213,8 @@ def install(kernel, model) -> dict[str, str]:
     functions = kernel.replaced_functions(model)
     table = Table("function of the model", "now runs", title="Functions", title_justify="left")
     for name, where in functions.items():
-        table.add_row(name, f"[green]{where}[/]" if where else "the original")
+        # A loaded build is named after its unique id, which says nothing to a reader.
+        table.add_row(name, f"[green]{where.replace(kernel.__name__, 'flash_kda')}[/]" if where else "the original")
     console.print(table)
     replaced = {name: where for name, where in functions.items() if where}
     if not replaced:
@@ -188,20 +225,42 @@ def install(kernel, model) -> dict[str, str]:
     return replaced
 
 
+def paths_taken(model, prompt: torch.Tensor) -> list[str]:
+    """What the package says ran in one prefill and one decode step: the CUDA kernel, or the PyTorch path and why."""
+    said: dict[str, None] = {}
+    handler = logging.Handler()
+    handler.emit = lambda record: said.setdefault(record.getMessage())
+    logger = logging.getLogger("flash_kda")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # kernels has set up a root logger that would print every call
+    generate(model, prompt, 2)
+    logger.setLevel(logging.WARNING)
+    logger.removeHandler(handler)
+    return list(said)
+
+
 def main() -> None:
     args = arguments()
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns that its own path is the slow one; so we see
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # it warns that its own path is the slow one, which is what we show
     kernel = load_kernel(args.kernel)
-    console.print(f"[bold]kernels[/]  {Path(kernel.__file__).parent}")
+    console.print(f"[bold]kernels[/]  {Path(kernel.__file__).parent}", soft_wrap=True)
     start = time.perf_counter()
     with console.status("making the model ..."):
         model, tokenizer = load_model(args)
         synchronize(args.device)
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name(args.device)
+        if args.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     console.print(
         f"[bold]model[/]    {args.checkpoint or args.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:,.0f} M parameters "
         f"({'of the checkpoint' if args.checkpoint else 'random'}), {str(args.dtype)[6:]}, on {device}, "
-        f"ready in {time.perf_counter() - start:.1f} s"
+        f"ready in {time.perf_counter() - start:.1f} s",
+        soft_wrap=True,
     )
     words = tokenizer.encode(args.prompt)
     length = args.prompt_tokens or len(words)
@@ -212,16 +271,34 @@ def main() -> None:
         with console.status("generating without kernels ..."):
             plain = run(model, prompt, args.new_tokens)
             plain["logits"] = logits_of(model, plain["ids"], args.new_tokens)
+            # What bf16 itself costs, where a second model in float32 is cheap: the scale on which to read the difference.
+            exact = None
+            if args.dtype == torch.bfloat16 and not args.checkpoint and args.preset == "small":
+                exact = logits_of(copy.deepcopy(model).float(), plain["ids"], args.new_tokens)
     replaced = install(kernel, model)
     with console.status("generating with kernels ..."):
         ours = run(model, prompt, args.new_tokens)
+        paths = paths_taken(model, prompt)
         if plain:
             ours["logits"] = logits_of(model, plain["ids"], args.new_tokens)
 
+    for path in paths:
+        console.print(f"[bold]runs[/]     {path}", soft_wrap=True)
     console.print(f"\n[dim]... {args.prompt}[/] [bold]{tokenizer.decode(ours['ids'][0, length:].tolist())}[/]\n")
-    report = {"replaced": replaced, "prompt_tokens": length, "new_tokens": args.new_tokens, "batch": args.batch}
-    table = Table("tokens per second", *(["without kernels"] if plain else []), "with kernels", *(["times"] if plain else []))
-    for what, explained in (("prefill", f"prefill of {args.batch} x {length}"), ("decode", f"decode, {args.batch} at a time")):
+    report = {
+        "replaced": replaced,
+        "paths": paths,
+        "prompt_tokens": length,
+        "new_tokens": args.new_tokens,
+        "batch": args.batch,
+    }
+    table = Table(
+        "tokens per second", *(["without kernels"] if plain else []), "with kernels", *(["times"] if plain else [])
+    )
+    for what, explained in (
+        ("prefill", f"prefill of {args.batch} x {length}"),
+        ("decode", f"decode, {args.batch} at a time"),
+    ):
         figures = [f"{plain[what]:,.0f}"] if plain else []
         factor = [f"{ours[what] / plain[what]:.2f}"] if plain else []
         table.add_row(explained, *figures, f"[green]{ours[what]:,.0f}[/]", *factor)
@@ -232,8 +309,12 @@ def main() -> None:
         size = plain["logits"].abs().max().item()
         same = (ours["ids"] == plain["ids"]).all(0).long().cumprod(0).sum().item() - length
         console.print(f"largest logit difference  {difference:.1e}, where the largest logit is {size:.1f}")
-        console.print(f"same tokens               {same} of {args.new_tokens}")
         report |= {"logit_difference": difference, "largest_logit": size, "same_tokens": same}
+        if exact is not None:
+            errors = [((arm["logits"] - exact).norm() / exact.norm()).item() for arm in (plain, ours)]
+            console.print("from the float32 model    {:.2%} without kernels, {:.2%} with (rms)".format(*errors))
+            report["error_to_float32"] = {"without": errors[0], "with": errors[1]}
+        console.print(f"same tokens               {same} of {args.new_tokens}")
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

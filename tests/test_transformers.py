@@ -5,6 +5,13 @@ Every comparison first asserts which functions run. The tests that fit any devic
 """
 
 import copy
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +29,17 @@ from tiny_models import (
 )
 
 FP32_TOLERANCE = 1e-4
+
+
+def has_cuda_kernel(kernel, device) -> bool:
+    """Whether bf16 calls with heads of 128 channels are to run the CUDA kernel."""
+    on_hopper = torch.device(device).type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return on_hopper and kernel.prefill.available()
+
+
+def paths_taken(caplog) -> set[str]:
+    return {record.getMessage().split(":")[0] for record in caplog.records if record.name == "flash_kda"}
+
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -82,8 +100,10 @@ def test_fp32_logits_are_the_original_ones(kernel, device, family, way, softplus
 
 @by_family
 @pytest.mark.parametrize("way", WAYS)
-def test_bf16_logits_are_no_further_from_fp32_than_before(kernel, device, family, way):
-    """The error of both is that of bf16 projections; 3 % is how far two independent roundings of them lie apart."""
+def test_bf16_logits_are_no_further_from_fp32_than_before(kernel, device, family, way, caplog):
+    """The error of both is that of bf16 projections; 3 % is how far two independent roundings of them lie apart. On a Hopper
+    GPU this is the CUDA kernel."""
+    caplog.set_level(logging.INFO, "flash_kda")
     model, ids = tiny_model(family, head_dim=128).to(device), random_ids(3, 130, device=device)
     expected = WAYS[way](model, ids)
     model = model.to(torch.bfloat16)
@@ -92,6 +112,7 @@ def test_bf16_logits_are_no_further_from_fp32_than_before(kernel, device, family
         assert_replaced(kernel, model)
         after = relative_error(WAYS[way](model, ids), expected)
     assert after < 1.03 * before
+    assert paths_taken(caplog) == {"cuda prefill" if has_cuda_kernel(kernel, device) else "pytorch"}
 
 
 @by_family
@@ -158,7 +179,9 @@ def test_packed_batch_of_a_whole_model(kernel, device):
     offsets = torch.tensor([0, 64, 65, 150], dtype=torch.int32, device=device)
     with kernelized(model, kernel.kernel_mapping()):
         assert_replaced(kernel, model)
-        packed = model(ids, position_ids=positions, use_cache=False, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets).logits
+        packed = model(
+            ids, position_ids=positions, use_cache=False, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets
+        ).logits
     assert relative_error(packed, alone) < FP32_TOLERANCE
 
 
@@ -332,3 +355,73 @@ def test_kernel_config_by_name(kernel, own_mapping, saved_model, monkeypatch):
     )
     model = AutoModelForCausalLM.from_pretrained(path, use_kernels=True, kernel_config=config)
     check_loaded(kernel, model, ids, expected)
+
+
+# --- the example ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generate_example(kernel, device, tmp_path, dtype):
+    require_kernel_support()
+    pytest.importorskip("rich")
+    root, report = Path(__file__).parents[1], tmp_path / "report.json"
+    command = [
+        sys.executable,
+        root / "examples/generate.py",
+        "--kernel",
+        Path(kernel.__file__).parent,
+        "--device",
+        device,
+    ]
+    options = ["--dtype", dtype, "--prompt-tokens", "80", "--new-tokens", "6", "--batch", "2", "--json", report]
+    done = subprocess.run([*map(str, [*command, *options])], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "chunk_kimi_delta_attention" in done.stdout and "tokens per second" in done.stdout
+    figures = json.loads(report.read_text())
+    assert set(figures["replaced"]) == set(FUNCTIONS)
+    path = "cuda prefill" if dtype == "bfloat16" and has_cuda_kernel(kernel, device) else "pytorch"
+    assert {said.split(":")[0] for said in figures["paths"]} == {path}
+    tolerance = FP32_TOLERANCE if dtype == "float32" else 0.05
+    assert 0 < figures["logit_difference"] < tolerance * figures["largest_logit"]
+    if dtype == "float32":
+        assert figures["same_tokens"] == 6
+    else:
+        error = figures["error_to_float32"]
+        assert error["with"] < 1.1 * error["without"]
+    assert all(figures[what][arm] > 0 for what in ("prefill", "decode") for arm in ("with", "without"))
+
+
+def test_generate_example_says_how_to_build(tmp_path):
+    require_kernel_support()
+    pytest.importorskip("rich")
+    example = Path(__file__).parents[1] / "examples/generate.py"
+    done = subprocess.run(
+        [sys.executable, str(example), "--kernel", str(tmp_path / "build")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0 and "tools/build.py" in done.stderr
+
+
+def test_readme_runs(kernel, tmp_path, monkeypatch):
+    """The Python blocks of the README's "Use it", in order, on a tiny checkpoint instead of the 48B model. The one door that
+    transformers keeps shut on a CPU is opened, and asked by a revision, which does not need the Hub."""
+    require_kernel_support()
+    tiny_model("kimi_linear").save_pretrained(tmp_path)
+    section = (Path(__file__).parents[1] / "README.md").read_text().split("## Use it")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert len(blocks) == 5
+    replaced = "print(sorted(n for n, where in flash_kda.replaced_functions(model).items() if where))"
+    program = "\n".join(
+        [
+            "import transformers.utils.kernel_config as door",
+            "door.KERNELS_SUPPORTED_DEVICE_TYPES.append('cpu')",
+            *[block + (replaced if i else "") for i, block in enumerate(blocks)],
+        ]
+    )
+    program = program.replace("moonshotai/Kimi-Linear-48B-A3B-Instruct", str(tmp_path)).replace(
+        '"version": 1', '"revision": "main"'
+    )
+    environment = os.environ | {"LOCAL_KERNELS": f"moonshot/flash-kda={Path(kernel.__file__).parent}"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert said == ["['chunk_kda', 'fused_recurrent_kda']", "[]", *["['chunk_kda', 'fused_recurrent_kda']"] * 2]

@@ -83,7 +83,9 @@ def kernel_mapping(
     hopper = Device("cuda", properties=CUDAProperties(90, 90))
     keys = [hopper if device == "cuda" else device for device in devices]
     return {
-        name: dict.fromkeys(keys, LayerSource(FUNCTIONS[name], repository, version, revision, _freeze(trust_remote_code)))
+        name: dict.fromkeys(
+            keys, LayerSource(FUNCTIONS[name], repository, version, revision, _freeze(trust_remote_code))
+        )
         for name in names
     }
 
