@@ -1,0 +1,33 @@
+// The gate activations of DESIGN section 2, giving the log decay in base 2.
+#pragma once
+
+#include "params.h"
+#include "../sm90.cuh"
+
+namespace kda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// log2(1 + 2^y). Below 2^-6 the logarithm of 1 + u has lost u's digits, so a series takes over: its first term left
+// out is u^5 / 5, 1e-8 of the result.
+__device__ __forceinline__ float softplus_log2(float y) {
+  float const u = exp2_approx(y);
+  float const series = kLog2e * u * (1.f - u * (0.5f - u * (1.f / 3.f - 0.25f * u)));
+  float const direct = y > 28.f ? y : log2_approx(1.f + u);
+  return u < 0.015625f ? series : direct;
+}
+
+struct GateHead {
+  float rate;   // exp(A_log) (softplus), exp(A_log) * log2(e) (lower bound)
+  float bound;  // lower_bound * log2(e)
+};
+
+template <Gate kGate>
+__device__ __forceinline__ float log2_decay(float x, float dt_bias, GateHead const& head) {
+  if constexpr (kGate == Gate::kGiven) return x * kLog2e;
+  float const y = x + dt_bias;
+  if constexpr (kGate == Gate::kSoftplus) return -head.rate * softplus_log2(y * kLog2e);
+  return head.bound * rcp_approx(1.f + exp2_approx(-head.rate * y));
+}
+
+}  // namespace kda

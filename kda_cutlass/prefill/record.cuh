@@ -1,0 +1,76 @@
+// What the prepare kernel leaves for the recurrence kernel, and which chunk of which sequence lies where.
+#pragma once
+
+#include "params.h"
+#include "../sm90.cuh"
+
+namespace kda {
+
+// One chunk of one value head, in the order and the shared-memory layout in which the recurrence wants it, so that one
+// bulk copy brings it. Panels are those of sm90.cuh. With G the inclusive cumulative log decay inside the chunk:
+struct ChunkFactors {
+  float decay[kHeadDim];  // exp(G_end)
+  float beta[kChunk];     // 0 past the end of the sequence
+};
+struct Record {
+  char k_decayed[2][64 * kPanelRowBytes];  // -beta_i k_i exp(G_i)     [token, key channel], two panels of 64 channels
+  char q_decayed[2][64 * kPanelRowBytes];  // scale q_i exp(G_i)
+  char k_remaining[2][64 * kPanelRowBytes];  // k_j exp(G_end - G_j)
+  char t[64 * kPanelRowBytes];             // (I + Akk)^-1             [token i, token j]
+  char a_qk[64 * kPanelRowBytes];          // Aqk, lower triangle with the diagonal
+  ChunkFactors factors;
+};
+constexpr int kRecordPanelBytes = 8 * 64 * kPanelRowBytes;
+constexpr int kRecordBytes = sizeof(Record);
+static_assert(kRecordBytes == 66304, "flash_kda.prefill.workspace_size knows this size");
+
+// Chunks are numbered by slots: sequence n owns the slots from slot_base(n) on. With cu_seqlens the base is
+// cu[n] / 64 + n, which leaves room for every partial chunk without a scan or a look at the lengths on the host.
+struct Sequences {
+  const void* cu_seqlens;
+  bool is_int64;
+  int num_seqs;
+  int chunks_per_seq;  // without cu_seqlens
+  int64_t tokens;
+
+  __device__ __forceinline__ bool packed() const { return cu_seqlens != nullptr; }
+  __device__ __forceinline__ int64_t cu(int n) const {
+    int64_t const value = is_int64 ? __ldg(static_cast<long long const*>(cu_seqlens) + n)
+                                   : static_cast<int64_t>(__ldg(static_cast<int const*>(cu_seqlens) + n));
+    return min(max(value, int64_t(0)), tokens);  // whatever the buffer holds, no access leaves the tensors
+  }
+  __device__ __forceinline__ int slot_base(int n) const {
+    return packed() ? static_cast<int>(cu(n) / kChunk) + n : n * chunks_per_seq;
+  }
+  __device__ __forceinline__ int batch(int n) const { return packed() ? 0 : n; }
+  __device__ __forceinline__ int64_t first_token(int n) const { return packed() ? cu(n) : 0; }
+  __device__ __forceinline__ int64_t length(int n) const {
+    return packed() ? max(cu(n + 1) - cu(n), int64_t(0)) : tokens;
+  }
+
+  // The sequence that owns `slot`, found by a whole warp: 32 probes a step.
+  __device__ __forceinline__ int owner(int slot, int lane) const {
+    if (!packed()) return slot / chunks_per_seq;
+    int lo = 0, hi = num_seqs;
+    while (hi - lo > 1) {
+      int const step = (hi - lo + 31) / 32;
+      int const probe = lo + lane * step;
+      bool const before = probe < hi && slot_base(probe) <= slot;
+      int const count = max(__popc(__ballot_sync(0xffffffffu, before)), 1);
+      lo += (count - 1) * step;
+      hi = min(lo + step, hi);
+    }
+    return lo;
+  }
+};
+
+// One launch handles the slots [begin, end) of every sequence; the fp32 state of the one sequence that goes on beyond
+// `end` is carried in the workspace (two buffers, used in turn).
+struct Slab {
+  int begin, end;
+  Record* records;      // [end - begin][HV]
+  float* carry_in;      // [HV][V][K]
+  float* carry_out;
+};
+
+}  // namespace kda

@@ -1,0 +1,299 @@
+// Recurrence: walks the chunks of one sequence and head, carrying the state.
+//
+// With the record's operands (signs and scales folded in), S the state before the chunk and everything transposed so
+// that the value channels are the rows of every accumulator:
+//   W^T  = beta V^T - S^T (beta K e^G)^T   64 x 64 x 128
+//   V'^T = W^T T^T                    64 x 64 x 64
+//   O^T  = S^T (Q e^G)^T + V'^T Aqk^T 64 x 64 x 128 and 64 x 64 x 64
+//   S^T  = S^T e^{G_end} + V'^T (K e^{G_end - G})
+// A warpgroup owns 64 value channels: its state stays in registers in fp32 for the whole sequence, and every left
+// operand (S, W, V') is made from accumulators in registers, without a trip through shared memory. The last warp
+// feeds the shared-memory ring.
+#pragma once
+
+#include <cuda.h>
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "record.cuh"
+
+namespace kda {
+
+constexpr int kValueTile = 64;  // value channels of a warpgroup
+
+template <int kWarpgroups>
+struct RecurrenceShape {
+  // One warp feeds the ring. Beside two consumer warpgroups it comes as a warpgroup, so that setmaxnreg can move the
+  // registers to where the state is.
+  static constexpr int kThreads = 128 * kWarpgroups + (kWarpgroups == 1 ? 32 : 128);
+  static constexpr int kStages = kWarpgroups == 1 ? 3 : 2;  // what 227 KB hold
+  static constexpr int kSlices = kHeadDim / (kValueTile * kWarpgroups);  // CTAs a head
+};
+
+template <int kWarpgroups>
+struct RecurrenceSmem {
+  using Shape = RecurrenceShape<kWarpgroups>;
+  struct Operands {  // the panels of Record, in its order
+    char k_decayed[2][64 * kPanelRowBytes];
+    char q_decayed[2][64 * kPanelRowBytes];
+    char k_remaining[2][64 * kPanelRowBytes];
+    char t[64 * kPanelRowBytes];
+    char a_qk[64 * kPanelRowBytes];
+  };
+  static_assert(sizeof(Operands) == kRecordPanelBytes);
+  alignas(1024) Operands operands[Shape::kStages];
+  alignas(1024) char v[Shape::kStages][kWarpgroups][64 * kPanelRowBytes];  // [token, value channel]
+  alignas(1024) char out[kWarpgroups][64 * kPanelRowBytes];
+  alignas(16) ChunkFactors factors[Shape::kStages];
+  alignas(8) uint64_t full[Shape::kStages];
+  alignas(8) uint64_t empty[Shape::kStages];
+};
+
+struct RecurrenceParams {
+  Sequences sequences;
+  Slab slab;
+  int value_heads;
+  const void* initial_state;
+  void* final_state;
+  bool initial_is_fp32, final_is_fp32, state_v_first;
+  bf16* out;
+  int64_t out_stride_batch, out_stride_token, out_stride_head;
+};
+
+// Visits a thread's part of S^T, whose accumulator layout is: element 4j + 2h + e is value channel row + 8h, key
+// channel 8j + 2 (lane % 4) + e.
+template <class F>
+__device__ __forceinline__ void for_each_state_pair(int lane, F&& f) {
+#pragma unroll
+  for (int j = 0; j < kHeadDim / 8; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) f(4 * j + 2 * h, 8 * h, 8 * j + 2 * (lane & 3));
+}
+
+template <class T>
+__device__ __forceinline__ void load_state(float (&s)[64], T const* state, bool v_first, int value, int lane) {
+  for_each_state_pair(lane, [&](int e, int dv, int key) {
+    int const v = value + dv;
+    s[e] = static_cast<float>(v_first ? state[v * kHeadDim + key] : state[key * kHeadDim + v]);
+    s[e + 1] = static_cast<float>(v_first ? state[v * kHeadDim + key + 1] : state[(key + 1) * kHeadDim + v]);
+  });
+}
+template <class T>
+__device__ __forceinline__ void store_state(float const (&s)[64], T* state, bool v_first, int value, int lane) {
+  for_each_state_pair(lane, [&](int e, int dv, int key) {
+    int const v = value + dv;
+    state[v_first ? v * kHeadDim + key : key * kHeadDim + v] = static_cast<T>(s[e]);
+    state[v_first ? v * kHeadDim + key + 1 : (key + 1) * kHeadDim + v] = static_cast<T>(s[e + 1]);
+  });
+}
+
+// An accumulator is, pair by pair, the register layout of a left operand.
+template <int kCount>
+__device__ __forceinline__ void pack_operand(uint32_t (&packed)[kCount / 2], float const (&acc)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack_bf16(acc[2 * i], acc[2 * i + 1]);
+}
+
+template <int kWarpgroups>
+__global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
+    recurrence_kernel(const __grid_constant__ RecurrenceParams p, const __grid_constant__ CUtensorMap v_map) {
+  using Shape = RecurrenceShape<kWarpgroups>;
+  extern __shared__ __align__(1024) char smem_bytes[];
+  auto& smem = *reinterpret_cast<RecurrenceSmem<kWarpgroups>*>(smem_bytes);
+  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  // ---- which sequence, head and slice of value channels; which of its chunks lie in this slab
+  int const slice = blockIdx.x % Shape::kSlices;
+  int const head = blockIdx.x / Shape::kSlices % p.value_heads;
+  int const seq = blockIdx.x / (Shape::kSlices * p.value_heads);
+  int64_t const first_token = p.sequences.first_token(seq), length = p.sequences.length(seq);
+  int const slot_base = p.sequences.slot_base(seq), chunks = static_cast<int>((length + kChunk - 1) / kChunk);
+  int const begin = max(p.slab.begin - slot_base, 0), end = min(p.slab.end - slot_base, chunks);
+  bool const only_state = chunks == 0 && p.slab.begin == 0;
+  if (begin >= end && !only_state) return;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Shape::kStages; ++s) {
+      TransactionBarrier::init(&smem.full[s], 1);
+      EmptyBarrier::init(&smem.empty[s], 4 * kWarpgroups);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+
+  // The first chunk's slot in this slab and how many there are, uniform over the warp for the compiler's sake.
+  int const steps = __shfl_sync(0xffffffffu, end - begin, 0);
+  int64_t const first_chunk_token = first_token + int64_t(begin) * kChunk;
+
+  if (warp >= 4 * kWarpgroups) {
+    // ---- producer: one record and its values a stage; after the last a stage of ones, the decay of no chunk
+    if constexpr (kWarpgroups > 1) cutlass::arch::warpgroup_reg_dealloc<24>();
+    if (warp == 4 * kWarpgroups && lane == 0) {
+      Record const* record = p.slab.records + int64_t(slot_base + begin - p.slab.begin) * p.value_heads + head;
+      int stage = 0, phase = 1;  // the first pass over the ring finds it empty
+      for (int i = 0; i < steps; ++i, record += p.value_heads) {
+        EmptyBarrier::wait(&smem.empty[stage], phase);
+        TransactionBarrier::arrive_and_expect_tx(&smem.full[stage], kRecordBytes + sizeof(smem.v[0]));
+        cute::SM90_BULK_COPY_G2S::copy(record, &smem.full[stage], &smem.operands[stage], kRecordPanelBytes);
+        cute::SM90_BULK_COPY_G2S::copy(&record->factors, &smem.full[stage], &smem.factors[stage], sizeof(ChunkFactors));
+#pragma unroll
+        for (int w = 0; w < kWarpgroups; ++w)
+          cute::SM90_TMA_LOAD_4D::copy(&v_map, &smem.full[stage],
+                                       static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
+                                       smem.v[stage][w], kValueTile * (slice * kWarpgroups + w), head,
+                                       static_cast<int32_t>(first_chunk_token + i * kChunk), p.sequences.batch(seq));
+        if (++stage == Shape::kStages) stage = 0, phase ^= 1;
+      }
+      EmptyBarrier::wait(&smem.empty[stage], phase);
+      for (int d = 0; d < kHeadDim; ++d) smem.factors[stage].decay[d] = 1.f;
+      EmptyBarrier::arrive(&smem.full[stage]);
+    }
+    return;
+  }
+
+  // ---- consumers
+  if constexpr (kWarpgroups > 1) cutlass::arch::warpgroup_reg_alloc<240>();
+  int const warpgroup = warp / 4;
+  int const value = kValueTile * (slice * kWarpgroups + warpgroup) + 16 * (warp % 4) + (lane >> 2);
+  int64_t const state_offset = (int64_t(seq) * p.value_heads + head) * kHeadDim * kHeadDim;
+  float s[64] = {};
+  if (begin > 0) {
+    load_state(s, p.slab.carry_in + int64_t(head) * kHeadDim * kHeadDim, true, value, lane);
+  } else if (p.initial_state != nullptr) {
+    if (p.initial_is_fp32)
+      load_state(s, static_cast<float const*>(p.initial_state) + state_offset, p.state_v_first, value, lane);
+    else
+      load_state(s, static_cast<bf16 const*>(p.initial_state) + state_offset, p.state_v_first, value, lane);
+  }
+
+  int const matrix = lane >> 3, matrix_row = lane & 7;
+  int const own_unit = 2 * (warp % 4) + (matrix & 1);  // 16-byte unit of a [token, value channel] panel row
+  uint32_t own_offset[4];  // of the four 8 x 8 x 4 pieces of a warp's 64 tokens x 16 channels
+#pragma unroll
+  for (int j = 0; j < 4; ++j) own_offset[j] = panel_offset(8 * (2 * j + (matrix >> 1)) + matrix_row, own_unit);
+  char* const out_panel = smem.out[warpgroup];
+  int const thread = threadIdx.x % 128, out_unit = thread % 8, out_row = thread / 8;
+  int remaining = static_cast<int>(min(length - int64_t(begin) * kChunk, int64_t(steps) * kChunk));  // tokens from this chunk on
+  bf16* out = p.out + p.out_stride_batch * p.sequences.batch(seq) +
+              p.out_stride_token * (first_chunk_token - kChunk + out_row) + p.out_stride_head * head +
+              kValueTile * (slice * kWarpgroups + warpgroup) + 8 * out_unit;  // row of the chunk before the first
+  auto write_out = [&](uint32_t const (&o)[16], int tokens) {
+    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);  // the panel's last rows have been read
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      stmatrix_x4_trans(out_panel + own_offset[j], o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
+    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (16 * i + out_row < tokens)
+        __stcs(reinterpret_cast<uint4*>(out + p.out_stride_token * (16 * i)),
+               *reinterpret_cast<uint4 const*>(out_panel + panel_offset(16 * i + out_row, out_unit)));
+    out += p.out_stride_token * kChunk;
+  };
+  auto decay_state = [&](ChunkFactors const& factors) {
+    for_each_state_pair(lane, [&](int e, int, int key) {
+      float2 const decay = *reinterpret_cast<float2 const*>(&factors.decay[key]);
+      s[e] *= decay.x;
+      s[e + 1] *= decay.y;
+    });
+  };
+
+  uint32_t s_operand[32];
+  uint32_t o_packed[16] = {};
+  int stage = 0, phase = 0, tokens_before = 0;
+  pack_operand(s_operand, s);
+  TransactionBarrier::wait(&smem.full[0], 0);
+  decay_state(smem.factors[0]);
+#pragma unroll 1
+  for (int i = 0; i < steps; ++i) {
+    auto& operands = smem.operands[stage];
+    ChunkFactors const& factors = smem.factors[stage];
+    char* const v_panel = smem.v[stage][warpgroup];
+    if (remaining < kChunk) {  // rows past the end are another sequence's
+      cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
+      for (int row = remaining + out_row; row < kChunk; row += 16)
+        *reinterpret_cast<uint4*>(v_panel + panel_offset(row, out_unit)) = make_uint4(0, 0, 0, 0);
+      cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
+    }
+
+    // W^T = beta V^T - S^T (beta K e^G)^T, the values being the accumulator's seed
+    float w[32];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t r[4];
+      ldmatrix_x4_trans(r, v_panel + own_offset[j]);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        float2 const beta = *reinterpret_cast<float2 const*>(&factors.beta[8 * (2 * j + m / 2) + 2 * (lane & 3)]);
+        w[8 * j + 2 * m] = unpack_lo(r[m]) * beta.x;
+        w[8 * j + 2 * m + 1] = unpack_hi(r[m]) * beta.y;
+      }
+    }
+    float o[32];
+    fence_registers(w);
+    cute::warpgroup_arrive();
+    wgmma_k_major<2>(w, s_operand, operands.k_decayed[0], true);
+    cute::warpgroup_commit_batch();
+
+    write_out(o_packed, tokens_before);  // in the shadow of the product above
+    tokens_before = remaining;
+    remaining -= kChunk;
+
+    fence_registers(o);
+    cute::warpgroup_arrive();
+    wgmma_k_major<1>(o, reinterpret_cast<uint32_t const(&)[16]>(s_operand[0]), operands.q_decayed[0], false);
+    cute::warpgroup_commit_batch();
+
+    cute::warpgroup_wait<1>();
+    fence_registers(w);
+    uint32_t w_operand[16];
+    pack_operand(w_operand, w);
+
+    // V'^T = W^T T^T; the other half of S^T (Q e^G)^T fills the tensor cores while V' becomes an operand
+    float v_new[32];
+    fence_registers(v_new);
+    cute::warpgroup_arrive();
+    wgmma_k_major<1>(v_new, w_operand, operands.t, false);
+    cute::warpgroup_commit_batch();
+    wgmma_k_major<1>(o, reinterpret_cast<uint32_t const(&)[16]>(s_operand[16]), operands.q_decayed[1], true);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<1>();
+    fence_registers(v_new);
+    uint32_t v_operand[16];
+    pack_operand(v_operand, v_new);
+
+    // S^T += V'^T (K e^{G_end - G}),  O^T += V'^T Aqk^T
+    fence_registers(s);
+    cute::warpgroup_arrive();
+    wgmma_mn_major(s, v_operand, operands.k_remaining);
+    cute::warpgroup_commit_batch();
+    wgmma_k_major<1>(o, v_operand, operands.a_qk, true);
+    cute::warpgroup_commit_batch();
+
+    int const next_stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    if (next_stage == 0) phase ^= 1;
+    TransactionBarrier::wait(&smem.full[next_stage], phase);
+    cute::warpgroup_wait<1>();
+    fence_registers(s);
+    pack_operand(s_operand, s);
+    decay_state(smem.factors[next_stage]);
+    cute::warpgroup_wait<0>();
+    fence_registers(o);
+    pack_operand(o_packed, o);
+    __syncwarp();
+    if (lane == 0) EmptyBarrier::arrive(&smem.empty[stage]);
+    stage = next_stage;
+  }
+  write_out(o_packed, tokens_before);
+
+  if (end < chunks) {
+    store_state(s, p.slab.carry_out + int64_t(head) * kHeadDim * kHeadDim, true, value, lane);
+  } else if (p.final_state != nullptr) {
+    if (p.final_is_fp32)
+      store_state(s, static_cast<float*>(p.final_state) + state_offset, p.state_v_first, value, lane);
+    else
+      store_state(s, static_cast<bf16*>(p.final_state) + state_offset, p.state_v_first, value, lane);
+  }
+}
+
+}  // namespace kda

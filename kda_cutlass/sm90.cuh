@@ -1,0 +1,151 @@
+// Thin named wrappers over CuTe's SM90/SM80 atoms: one line each where the kernels use them.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include <cuda_bf16.h>
+
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cutlass/arch/barrier.h>
+
+namespace kda {
+
+using bf16 = __nv_bfloat16;
+using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
+using EmptyBarrier = cutlass::arch::ClusterBarrier;
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// (lo, hi) rounded to nearest and packed, lo in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+__device__ __forceinline__ float unpack_lo(uint32_t packed) { return __uint_as_float(packed << 16); }
+__device__ __forceinline__ float unpack_hi(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
+
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+// ---- shared-memory tiles ---------------------------------------------------------------------------------------
+// A panel is rows of 64 bf16 (128 bytes) with the 128-byte swizzle of TMA and WGMMA: 16-byte unit u of row r lies at
+// unit u ^ (r % 8). The panel starts at a multiple of 1024 bytes.
+constexpr int kPanelRowBytes = 128;
+
+__device__ __forceinline__ uint32_t panel_offset(int row, int unit) {
+  return row * kPanelRowBytes + ((unit ^ (row & 7)) << 4);
+}
+
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], void const* smem) {
+  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<cute::uint128_t const*>(smem), r[0], r[1], r[2], r[3]);
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], void const* smem) {
+  cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(smem), r[0], r[1], r[2], r[3]);
+}
+__device__ __forceinline__ void stmatrix_x4_trans(void* smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  cute::SM90_U16x8_STSM_T::copy(r0, r1, r2, r3, *reinterpret_cast<cute::uint128_t*>(smem));
+}
+
+// ---- warp-level MMA ----------------------------------------------------------------------------------------------
+__device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+  cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2],
+                                            d[3]);
+}
+__device__ __forceinline__ void mma_tf32(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
+  cute::SM80_16x8x8_F32TF32TF32F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2],
+                                           d[3]);
+}
+
+// ---- WGMMA, A from registers, B from panels ----------------------------------------------------------------------
+using GmmaMajor = cute::SM90::GMMA::Major;
+using GmmaScale = cute::SM90::GMMA::ScaleOut;
+
+// B whose rows are N and whose 64-wide panel rows run along K.
+__device__ __forceinline__ uint64_t desc_k_major(void const* panel) {
+  cute::GmmaDescriptor desc;
+  desc.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(panel) >> 4;
+  desc.bitfield.leading_byte_offset_ = 1;         // unused under the 128-byte swizzle
+  desc.bitfield.stride_byte_offset_ = 1024 >> 4;  // from 8 rows to the next 8
+  desc.bitfield.layout_type_ = 1;                 // 128-byte swizzle
+  return desc;
+}
+// B whose rows are K and whose panel rows run along N; `panel_bytes` from one 64-wide panel to the next.
+__device__ __forceinline__ uint64_t desc_mn_major(void const* panel, uint32_t panel_bytes) {
+  cute::GmmaDescriptor desc;
+  desc.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(panel) >> 4;
+  desc.bitfield.leading_byte_offset_ = panel_bytes >> 4;
+  desc.bitfield.stride_byte_offset_ = 1024 >> 4;
+  desc.bitfield.layout_type_ = 1;
+  return desc;
+}
+
+template <size_t... I>
+__device__ __forceinline__ void wgmma_n64_impl(float (&d)[32], uint32_t const* a, uint64_t desc, GmmaScale scale_d,
+                                               std::index_sequence<I...>) {
+  cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::K>::fma(a[0], a[1], a[2], a[3], desc, d[I]...,
+                                                                                  scale_d);
+}
+template <size_t... I>
+__device__ __forceinline__ void wgmma_n128_mn_impl(float (&d)[64], uint32_t const* a, uint64_t desc,
+                                                   std::index_sequence<I...>) {
+  cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::MN>::fma(a[0], a[1], a[2], a[3], desc,
+                                                                                    d[I]..., GmmaScale::One);
+}
+
+// d[64 x 64] (+)= a[64 x kPanels*64] * B^T, B in `kPanels` K-major panels of 64 rows each.
+template <int kPanels>
+__device__ __forceinline__ void wgmma_k_major(float (&d)[32], uint32_t const (&a)[16 * kPanels], void const* panels,
+                                              bool accumulate) {
+#pragma unroll
+  for (int p = 0; p < kPanels; ++p) {
+    uint64_t desc = desc_k_major(static_cast<char const*>(panels) + p * 64 * kPanelRowBytes);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {  // 16 of K: 32 bytes along a panel row
+      GmmaScale const scale_d = (accumulate || p || s) ? GmmaScale::One : GmmaScale::Zero;
+      wgmma_n64_impl(d, &a[16 * p + 4 * s], desc + 2 * s, scale_d, std::make_index_sequence<32>{});
+    }
+  }
+}
+// d[64 x 128] += a[64 x 64] * B, B in two MN-major panels of 64 rows.
+__device__ __forceinline__ void wgmma_mn_major(float (&d)[64], uint32_t const (&a)[16], void const* panels) {
+  uint64_t desc = desc_mn_major(panels, 64 * kPanelRowBytes);
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {  // 16 of K: 16 panel rows
+    wgmma_n128_mn_impl(d, &a[4 * s], desc + (16 * kPanelRowBytes >> 4) * s, std::make_index_sequence<64>{});
+  }
+}
+
+// Keeps the compiler from moving reads or writes of registers across an asynchronous WGMMA that owns them.
+template <int kCount>
+__device__ __forceinline__ void fence_registers(float (&r)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) cute::warpgroup_fence_operand(r[i]);
+}
+
+}  // namespace kda
