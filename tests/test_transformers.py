@@ -5,8 +5,10 @@ Every comparison first asserts which functions run. The tests that fit any devic
 """
 
 import copy
+import functools
 import json
 import logging
+import operator
 import os
 import re
 import subprocess
@@ -207,6 +209,29 @@ def test_training_gives_the_original_gradients(kernel, device, family):
         assert error < 1e-3 * expected[name].norm() + 1e-6 * norm, f"{name}: {error / expected[name].norm():.1e}"
 
 
+@pytest.mark.parametrize("mode", ["INFERENCE", "TRAINING", "INFERENCE|TORCH_COMPILE", "TRAINING|TORCH_COMPILE"])
+def test_every_mode_is_served(kernel, device, mode):
+    import kernels
+
+    model = tiny_model("kimi_linear").to(device)
+    flags = functools.reduce(operator.or_, (kernels.Mode[name] for name in mode.split("|")))
+    with kernelized(model, kernel.kernel_mapping(), mode=flags):
+        assert_replaced(kernel, model)
+
+
+@torch.no_grad()
+def test_compiled_in_one_graph(kernel, device):
+    import kernels
+
+    model, ids = tiny_model("kimi_linear").to(device), random_ids(2, 70, device=device)
+    torch._dynamo.reset()
+    with kernelized(model, kernel.kernel_mapping(), mode=kernels.Mode.INFERENCE | kernels.Mode.TORCH_COMPILE):
+        assert_replaced(kernel, model)
+        expected = prefill(model, ids)
+        actual = prefill(torch.compile(model, fullgraph=True, backend="aot_eager"), ids)
+    assert relative_error(actual, expected) < FP32_TOLERANCE
+
+
 @torch.no_grad()
 def test_removing_the_kernels_restores_the_bits(kernel, device):
     model, ids = tiny_model("kimi_linear").to(device), random_ids(2, 70, device=device)
@@ -249,10 +274,12 @@ def own_mapping():
 def simulated_hopper(monkeypatch, own_mapping):
     """transformers and kernels believe that a model on the CPU is on a Hopper GPU; of transformers' default mapping only
     the two KDA functions are left, because a default that is chosen is looked for on the Hub."""
-    require_kernel_support()
+    transformers = require_kernel_support()
     from kernels.layer import repos
     from transformers.integrations import hub_kernels
 
+    if not hasattr(hub_kernels, "get_device_type"):
+        pytest.skip(f"transformers {transformers.__version__} takes the device from the model and cannot be deceived")
     monkeypatch.setattr(repos, "_find_capability", lambda: 90)
     monkeypatch.setattr(hub_kernels, "get_device_type", lambda device: "cuda")
     defaults = hub_kernels.get_kernel_mapping_transformers()
@@ -339,11 +366,21 @@ def test_kernel_config_with_our_mapping(kernel, own_mapping, saved_model):
     check_loaded(kernel, model, ids, expected)
 
 
-def test_kernel_config_by_name(kernel, own_mapping, saved_model, monkeypatch):
-    """`repository:layer` strings, as on the Hub. transformers offers this door to no CPU, hence the patched list."""
-    from transformers import AutoModelForCausalLM, KernelConfig
+def require_device_list():
+    """transformers offers KernelConfig to no CPU; its list of devices is patched to test the door here."""
+    transformers = require_kernel_support()
     from transformers.utils import kernel_config
 
+    if not hasattr(kernel_config, "KERNELS_SUPPORTED_DEVICE_TYPES"):
+        pytest.skip(f"transformers {transformers.__version__} has its list of devices inside functions")
+    return kernel_config
+
+
+def test_kernel_config_by_name(kernel, own_mapping, saved_model, monkeypatch):
+    """`repository:layer` strings, as on the Hub."""
+    from transformers import AutoModelForCausalLM, KernelConfig
+
+    kernel_config = require_device_list()
     monkeypatch.setattr(kernel_config, "KERNELS_SUPPORTED_DEVICE_TYPES", ["cpu"])
     path, ids, expected = saved_model
     where = {"revision": "main", "trust_remote_code": True}  # version=1 would ask the Hub in spite of LOCAL_KERNELS
@@ -404,7 +441,7 @@ def test_generate_example_says_how_to_build(tmp_path):
 def test_readme_runs(kernel, tmp_path, monkeypatch):
     """The Python blocks of the README's "Use it", in order, on a tiny checkpoint instead of the 48B model. The one door that
     transformers keeps shut on a CPU is opened, and asked by a revision, which does not need the Hub."""
-    require_kernel_support()
+    require_device_list()
     tiny_model("kimi_linear").save_pretrained(tmp_path)
     section = (Path(__file__).parents[1] / "README.md").read_text().split("## Use it")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
