@@ -4,8 +4,8 @@
     python benchmarks/cpu_path.py                  # T = 4096, H = 8, D = 128, fp32
     python benchmarks/cpu_path.py --check          # exits with 1 below 5 times the speed or above a fifth of the memory
 
-Time: both in one process, in turns, the best of each. Memory: each in a process of its own, by how much its resident set
-grew at its peak over what it was before the call (Linux only).
+Time: both in one process, in turns, the best of each. Memory: each in a process of its own, by how much its resident
+set grew at its peak over what it was before the call (Linux only).
 """
 
 from __future__ import annotations
@@ -118,9 +118,8 @@ def main() -> int:
 
     seconds, (ours, theirs) = timing["seconds"], IMPLEMENTATIONS
     speed, memory = seconds[theirs] / seconds[ours], peak[ours] / peak[theirs]
-    print(
-        f"T={args.tokens} H={args.heads} D={args.dim} fp32, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    threads = torch.get_num_threads()
+    print(f"T={args.tokens} H={args.heads} D={args.dim} fp32, {threads} threads, torch {torch.__version__}")
     rows = [[name, "", number(seconds[name]), f"{peak[name] / 1e6:.0f}"] for name in IMPLEMENTATIONS]
     print(table(["", "", "seconds", "extra MB"], rows))
     print(f"{speed:.1f} times the speed, {memory:.3f} of the memory, results differ by {timing['difference']:.1e}")

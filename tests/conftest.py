@@ -16,9 +16,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a Hopper GPU and the CUDA build")
     os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
     # The Python-only variant builds in under a second, so it is always that of the present sources. The CUDA variant is
-    # compiled beforehand: the machine that tests it need not have nvcc. Workers of pytest-xdist find the controller's build.
+    # compiled beforehand: the machine that tests it need not have nvcc. Workers of pytest-xdist find the controller's
+    # build.
     if torch.version.cuda is None and not hasattr(config, "workerinput"):
-        subprocess.run([sys.executable, ROOT / "tools" / "build.py", "--backend", "cpu"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, ROOT / "tools" / "build.py", "--backend", "cpu"], check=True, stdout=subprocess.DEVNULL
+        )
 
 
 def pytest_collection_modifyitems(items):

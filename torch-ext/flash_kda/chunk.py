@@ -46,50 +46,58 @@ def chunk_kda(
 
         S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T          o_t = scale * S_t^T q_t
 
-    Names, defaults, shapes and meaning are those of ``fla.ops.kda.chunk_kda`` 0.6.0. ``dispatch.py`` tells which path runs.
+    Names, defaults, shapes and meaning are those of ``fla.ops.kda.chunk_kda`` 0.6.0. ``dispatch.py`` tells which path
+    runs.
 
     Args:
-        q, k: ``[B, T, H, K]``, bfloat16, float16, float32 or float64. The last dimension must be contiguous, other strides are
-            free; so for ``v`` and ``g``. (The CUDA kernel reads views of a packed projection in place where addresses and
-            strides are multiples of 16 bytes, and copies the tensor otherwise.)
-        v: ``[B, T, HV, V]``, dtype of q. HV is a multiple of H: head h of q and k serves value heads h*HV/H to (h+1)*HV/H - 1.
+        q, k: ``[B, T, H, K]``, bfloat16, float16, float32 or float64. The last dimension must be contiguous, other
+            strides are free; so for ``v`` and ``g``. (The CUDA kernel reads views of a packed projection in place where
+            addresses and strides are multiples of 16 bytes, and copies the tensor otherwise.)
+        v: ``[B, T, HV, V]``, dtype of q. HV is a multiple of H: head h of q and k serves value heads h*HV/H to
+            (h+1)*HV/H - 1.
         g: ``[B, T, HV, K]``, any floating dtype. The log decay (natural logarithm, <= 0, unbounded), or with
             ``use_gate_in_kernel`` the raw gate x.
-        beta: ``[B, T, HV]``, any floating dtype and strides. The step, or with ``use_beta_sigmoid_in_kernel`` its logits.
+        beta: ``[B, T, HV]``, any floating dtype and strides. The step, or with ``use_beta_sigmoid_in_kernel`` its
+            logits.
         scale: factor on the output. Default ``K ** -0.5``.
-        initial_state: ``[N, HV, K, V]`` (``[N, HV, V, K]`` with ``state_v_first``), float32 or bfloat16 (or float64 beside float64
-            inputs); N sequences, which is B without ``cu_seqlens``. Default: zeros. Not modified.
+        initial_state: ``[N, HV, K, V]`` (``[N, HV, V, K]`` with ``state_v_first``), float32 or bfloat16 (or float64
+            beside float64 inputs); N sequences, which is B without ``cu_seqlens``. Default: zeros. Not modified.
         output_final_state: whether to return the state after the last token of each sequence. Default False.
         use_qk_l2norm_in_kernel: divide each row of q and k by ``sqrt(sum(x^2) + 1e-6)``. Default False.
-        use_gate_in_kernel: compute the log decay from ``g``, ``A_log`` and ``dt_bias``. Default False. With ``lower_bound=None``
-            it is ``-exp(A_log) * softplus(g + dt_bias)``, otherwise ``lower_bound * sigmoid(exp(A_log) * (g + dt_bias))``,
-            whatever ``safe_gate`` says.
+        use_gate_in_kernel: compute the log decay from ``g``, ``A_log`` and ``dt_bias``: without ``lower_bound`` it is
+            ``-exp(A_log) * softplus(g + dt_bias)``, with it ``lower_bound * sigmoid(exp(A_log) * (g + dt_bias))``,
+            whatever ``safe_gate`` says. Default False.
         use_beta_sigmoid_in_kernel: use ``sigmoid(beta)``. Default False.
         allow_neg_eigval: use ``2 * sigmoid(beta)``; needs ``use_beta_sigmoid_in_kernel``. Default False.
-        safe_gate: with ``use_gate_in_kernel`` it requires ``lower_bound``. Otherwise without effect: every path here is safe for
-            every gate. Default False.
-        lower_bound: finite and negative (FLA's [-5, 0) is not required). Only read with ``use_gate_in_kernel``. Default None.
+        safe_gate: with ``use_gate_in_kernel`` it requires ``lower_bound``. Otherwise without effect: every path here is
+            safe for every gate. Default False.
+        lower_bound: finite and negative (FLA's [-5, 0) is not required). Only read with ``use_gate_in_kernel``. Default
+            None.
         disable_recompute: without effect; the backward pass always recomputes. Default False.
         return_intermediate_states: not supported, must be False.
         state_v_first: states are ``[V, K]`` instead of ``[K, V]``. Default False.
-        cu_seqlens: ``[N + 1]`` int32 or int64 on q's device: sequence n is tokens ``cu_seqlens[n]`` to ``cu_seqlens[n + 1] - 1`` of
-            the packed batch, B = 1. Sequences may be empty; rows of ``o`` past the last are not written. Contents are not read
-            on the host by the CUDA kernel; wrong ones never lead out of bounds (``FLASH_KDA_VALIDATE=1`` checks them).
+        cu_seqlens: ``[N + 1]`` int32 or int64 on q's device: sequence n is tokens ``cu_seqlens[n]`` up to, without,
+            ``cu_seqlens[n + 1]`` of the packed batch, B = 1. Sequences may be empty; rows of ``o`` past the last are
+            left uninitialised. The CUDA kernel never brings the contents to the host. Wrong ones lead nowhere out of
+            bounds, and ``FLASH_KDA_VALIDATE=1`` makes them an error.
         cu_seqlens_cpu: the same on the host; spares the PyTorch path a synchronisation when q is on another device.
         cp_context: context parallelism, not supported, must be None.
-        use_graph: without effect: each call can be captured in a CUDA graph and replayed after ``cu_seqlens`` has changed.
+        use_graph: without effect: each call can be captured in a CUDA graph and replayed after ``cu_seqlens`` has
+            changed.
         max_num_seqs: with ``use_graph`` and ``cu_seqlens``, must equal N if given.
-        A_log: HV elements in any shape, any floating dtype. Required by the softplus gate; None means a factor of 1 in the
-            lower-bound gate. Only read with ``use_gate_in_kernel``.
-        dt_bias: HV * K elements in any shape, any floating dtype. Default: zeros. Only read with ``use_gate_in_kernel``.
+        A_log: HV elements in any shape, any floating dtype. Required by the softplus gate; None means a factor of 1 in
+            the lower-bound gate. Only read with ``use_gate_in_kernel``.
+        dt_bias: HV * K elements in any shape, any floating dtype. Default: zeros. Only read with
+            ``use_gate_in_kernel``.
         chunk_size: 32 or 64, without effect on the result but for rounding; 64 is always used.
-        batch_invariant: the bits of a sequence's result depend on that sequence alone, not on what shares the batch. The CUDA
-            kernel's schedule always has this property; the PyTorch path then walks sequences one by one. Default False.
+        batch_invariant: the bits of a sequence's result depend on that sequence alone, not on what shares the batch.
+            The CUDA kernel's schedule always has this property; the PyTorch path then walks sequences one by one.
+            Default False.
         transpose_state_layout: FLA's deprecated name of ``state_v_first``.
 
     Returns:
-        ``o`` ``[B, T, HV, V]`` in the dtype of q, and the final state, ``[N, HV, K, V]`` (or V-first) float32 (float64 for float64
-        inputs), or None without ``output_final_state``. An empty sequence returns its initial state.
+        ``o`` ``[B, T, HV, V]`` in the dtype of q, and the final state, ``[N, HV, K, V]`` (or V-first) float32 (float64
+        for float64 inputs), or None without ``output_final_state``. An empty sequence returns its initial state.
 
     Raises:
         ValueError, TypeError: an argument that breaks the above, named with what was expected and what came.
@@ -102,7 +110,9 @@ def chunk_kda(
     """
     if transpose_state_layout is not None:
         if state_v_first:
-            raise ValueError("transpose_state_layout: expected it absent beside state_v_first, whose deprecated name it is, got both")
+            raise ValueError(
+                "transpose_state_layout: expected it absent beside state_v_first, whose deprecated name it is, got both"
+            )
         warnings.warn("transpose_state_layout is deprecated, use state_v_first", DeprecationWarning, stacklevel=2)
         state_v_first = transpose_state_layout
     if cp_context is not None:
@@ -152,19 +162,21 @@ def fwd(
     final_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> None:
-    """KDA prefill into the caller's tensors, with the interface of FlashKDA (FLA, SGLang and vLLM call it by this name).
+    """KDA prefill into the caller's tensors, with the interface of FlashKDA: FLA, SGLang and vLLM call this name.
 
-    As :func:`chunk_kda` with q and k normalised, the gate and the sigmoid of beta computed in the kernel, and V-first states;
-    ``lower_bound=None`` selects the softplus gate, which FlashKDA does not have.
+    As :func:`chunk_kda` with q and k normalised, the gate and the sigmoid of beta computed in the kernel, and V-first
+    states; ``lower_bound=None`` selects the softplus gate, which FlashKDA does not have.
 
     Args:
         q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]``; g: raw gate ``[B, T, HV, K]``; beta: logits ``[B, T, HV]``.
         scale: factor on the output; None means ``K ** -0.5``.
-        out: ``[B, T, HV, V]`` in q's dtype, last dimension contiguous; written in place. Rows that no sequence covers stay as they are.
+        out: ``[B, T, HV, V]`` in q's dtype, last dimension contiguous; written in place. Rows that no sequence covers
+            stay as they are.
         A_log: HV elements, or None with ``lower_bound``; dt_bias: HV * K elements, or None.
         lower_bound: finite and negative, or None.
         initial_state: ``[N, HV, V, K]`` float32 or bfloat16, or None for zeros.
-        final_state: ``[N, HV, V, K]`` float32 or bfloat16, contiguous, written in place in its own dtype; may be ``initial_state``.
+        final_state: ``[N, HV, V, K]`` float32 or bfloat16, contiguous, written in place in its own dtype; may be
+            ``initial_state``.
         cu_seqlens: ``[N + 1]`` int32 or int64 on q's device; B = 1 with it.
 
     Raises:

@@ -1,7 +1,7 @@
 """What a KDA call may look like. Every public function checks its arguments here, once, before anything is written.
 
-The checks read shapes, strides, dtypes and devices, never contents: they cost no synchronisation and `torch.compile` traces
-them. Errors are ``ValueError`` or ``TypeError`` and read ``<argument>: expected <what>, got <what>``.
+The checks read shapes, strides, dtypes and devices, never contents: they cost no synchronisation and `torch.compile`
+traces them. Errors are ``ValueError`` or ``TypeError`` and read ``<argument>: expected <what>, got <what>``.
 """
 
 from __future__ import annotations
@@ -76,12 +76,13 @@ def check_call(
 ) -> Call:
     """Checks the arguments of :func:`flash_kda.chunk_kda` and gives them their defaults.
 
-    The last dimension of q, k, v and g must be contiguous on every device: the kernels read it in vectors, and a silent copy of
-    the four largest tensors would hide the cost. All other strides are free.
+    The last dimension of q, k, v and g must be contiguous on every device: the kernels read it in vectors, and a silent
+    copy of the four largest tensors would hide the cost. All other strides are free.
     """
     for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
         _tensor(name, x, FLOATS, q)
-        _expect(x.dim() == (3 if name == "beta" else 4), name, "rank 3" if name == "beta" else "rank 4", f"shape {_shape(x)}")
+        rank = 3 if name == "beta" else 4
+        _expect(x.dim() == rank, name, f"rank {rank}", f"shape {_shape(x)}")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
     _expect(H > 0 and HV % H == 0, "v", f"a number of heads HV that is a multiple of q's H = {H}", f"HV = {HV}")
@@ -104,7 +105,7 @@ def check_call(
     if use_gate_in_kernel:
         if lower_bound is None:
             _expect(not safe_gate, "lower_bound", "a finite negative number, since safe_gate=True", None)
-            _expect(A_log is not None, "A_log", "a tensor of HV elements, since use_gate_in_kernel=True without lower_bound", None)
+            _expect(A_log is not None, "A_log", "HV elements, since use_gate_in_kernel=True without lower_bound", None)
         if A_log is not None:
             _tensor("A_log", A_log, FLOATS, q)
             _expect(A_log.numel() == HV, "A_log", f"{HV} elements (HV)", f"shape {_shape(A_log)}")
@@ -122,7 +123,8 @@ def check_call(
 
     if cu_seqlens is not None:
         _tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), q)
-        _expect(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 0, "cu_seqlens", "shape [N + 1]", f"shape {_shape(cu_seqlens)}")
+        bounds = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 0
+        _expect(bounds, "cu_seqlens", "shape [N + 1]", f"shape {_shape(cu_seqlens)}")
         _expect(B == 1, "q", "batch size 1 with cu_seqlens (pack the sequences along T)", f"batch size {B}")
     if cu_seqlens_cpu is not None:
         _expect(cu_seqlens is not None, "cu_seqlens_cpu", "cu_seqlens beside it", None)
@@ -162,7 +164,9 @@ def check_outputs(call: Call, out: torch.Tensor, final_state: torch.Tensor | Non
     _dense_rows("out", out)
     if final_state is not None:
         _state("final_state", final_state, call)
-        _expect(final_state.is_contiguous(), "final_state", "a contiguous tensor", f"strides {list(final_state.stride())}")
+        _expect(
+            final_state.is_contiguous(), "final_state", "a contiguous tensor", f"strides {list(final_state.stride())}"
+        )
 
 
 def check_contents(call: Call) -> None:

@@ -14,8 +14,8 @@ Environment, read at each call:
 
 The logger ``flash_kda`` says at INFO what ran.
 
-Under ``torch.compile``, and wherever a gradient is needed, the call goes through the custom ops below, so that the compiler
-sees one node of known shape and autograd one backward, which runs the PyTorch path again piece by piece.
+Under ``torch.compile``, and wherever a gradient is needed, the call goes through the custom ops below, so that the
+compiler sees one node of known shape and autograd one backward, which runs the PyTorch path again piece by piece.
 """
 
 from __future__ import annotations
@@ -47,15 +47,17 @@ def select(call: Call, needs_grad: bool) -> tuple[str, str]:
     if not prefill.AVAILABLE:
         return PYTORCH, "this build of flash_kda has no CUDA kernels"
     if _capability(call.q.device) != (9, 0):
-        return PYTORCH, "the kernel runs on compute capability 9.0 only, the device has {}.{}".format(*_capability(call.q.device))
+        major, minor = _capability(call.q.device)
+        return PYTORCH, f"the kernel runs on compute capability 9.0 only, the device has {major}.{minor}"
     if needs_grad:
         return PYTORCH, "an input requires a gradient, the kernel is forward only"
     if call.q.dtype != torch.bfloat16:
         return PYTORCH, f"the kernel takes bfloat16 q, k and v, got {call.q.dtype}"
     if call.g.dtype not in (torch.bfloat16, torch.float32):
         return PYTORCH, f"the kernel takes a bfloat16 or float32 g, got {call.g.dtype}"
-    if call.q.shape[3] != prefill.HEAD_DIM or call.v.shape[3] != prefill.HEAD_DIM:
-        return PYTORCH, f"the kernel takes head dims K = V = {prefill.HEAD_DIM}, got {call.q.shape[3]} and {call.v.shape[3]}"
+    K, V = call.q.shape[3], call.v.shape[3]
+    if not K == V == prefill.HEAD_DIM:
+        return PYTORCH, f"the kernel takes head dims K = V = {prefill.HEAD_DIM}, got {K} and {V}"
     return CUDA_PREFILL, "every condition of the kernel holds"
 
 

@@ -15,7 +15,8 @@ CHUNK = 64
 # What the prologue hands to the recurrence for one chunk and value head (kda_cutlass/prefill/params.h)
 RECORD_BYTES = 66304
 STATE_BYTES = HEAD_DIM * HEAD_DIM * 4
-# The whole call runs in one launch up to here; beyond, in slabs that reuse this much and carry two states a head between them.
+# The whole call runs in one launch up to here; beyond, in slabs that reuse this much and carry two states a head
+# between them.
 WORKSPACE_LIMIT = 256 << 20
 ALIGNMENT = 16  # bytes: TMA reads rows at such addresses and strides
 
@@ -29,7 +30,7 @@ if AVAILABLE:
 
 
 def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int, packed: bool) -> int:
-    """Bytes of workspace for a call of these sizes: monotone in each of them up to about 256 MiB, and constant from there."""
+    """Bytes of workspace for a call of these sizes: about 256 MiB at most, or a chunk of every head if that is more."""
     slots = tokens // CHUNK + num_sequences if packed else batch * -(-tokens // CHUNK)
     slot_bytes = value_heads * RECORD_BYTES
     if slots * slot_bytes <= WORKSPACE_LIMIT:
@@ -39,13 +40,13 @@ def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int
 
 
 def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
-    """Writes ``out`` and ``final_state`` (if not None), which may be ``call.initial_state``. Enqueues only: no synchronisation.
+    """Writes ``out`` and ``final_state`` (if not None), which may be ``call.initial_state``, without synchronising.
 
     q, k, v, g or ``out`` are copied only where their address or a stride is not a multiple of 16 bytes.
     """
     B, T, H, K = call.q.shape
     HV = call.v.shape[2]
-    if call.q.numel() == 0:  # no token: nothing to launch, the state passes through
+    if call.q.numel() == 0 or call.num_sequences == 0:  # nothing to launch: the state passes through
         if final_state is not None:
             final_state.zero_() if call.initial_state is None else final_state.copy_(call.initial_state)
         return
@@ -86,4 +87,5 @@ def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None
 def _aligned(x: torch.Tensor) -> bool:
     unit = ALIGNMENT // x.element_size()
     # Nothing steps along a dimension of size 1. A stride of 0 repeats rows, which TMA does not take.
-    return x.data_ptr() % ALIGNMENT == 0 and all(n == 1 or (s > 0 and s % unit == 0) for n, s in zip(x.shape[:-1], x.stride()))
+    strides = (stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1)
+    return x.data_ptr() % ALIGNMENT == 0 and all(stride > 0 and stride % unit == 0 for stride in strides)

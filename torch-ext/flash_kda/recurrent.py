@@ -30,9 +30,9 @@ def fused_recurrent_kda(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Kimi Delta Attention for a few tokens a sequence: one decode step, or a short continuation.
 
-    Names, order, defaults, shapes and meaning are those of ``fla.ops.kda.fused_recurrent_kda`` 0.6.0; each is described at
-    :func:`chunk_kda`, which computes the same function and serves this call too: a chunk of one token is one step of the
-    recurrence.
+    Names, order, defaults, shapes and meaning are those of ``fla.ops.kda.fused_recurrent_kda`` 0.6.0. Each is described
+    at :func:`chunk_kda`, which computes the same function and serves this call too: a chunk of one token is one step
+    of the recurrence.
 
     Returns:
         ``o`` ``[B, T, HV, V]`` in the dtype of q, and the final state ``[N, HV, K, V]`` (or V-first) float32, or None.

@@ -1,4 +1,4 @@
-"""KDA in plain PyTorch: the chunked path that runs anywhere, and the token recurrence that every path is measured against."""
+"""KDA in plain PyTorch: the chunked path that runs anywhere, and the token recurrence that judges every path."""
 
 from .chunked import chunked_backward, chunked_forward
 from .recurrence import recurrent_kda

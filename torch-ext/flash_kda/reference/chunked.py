@@ -1,13 +1,14 @@
 """KDA in chunks of up to 64 tokens, in plain PyTorch: every device, dtype, head dim and gate; forward and backward.
 
-Inside a chunk every pair of tokens i > j is weighed by ``exp(G_i - G_j)``, where G is the cumulative log decay. That weight is
-built from two factors that meet at an anchor *between* i and j, so both are at most 1 however strong the gate: nothing
-overflows, and a factor that underflows to zero is the right answer. :func:`_pair_products` finds an anchor for every pair by
-halving the chunk down to single tokens. The factors of one level are products of those of the level below; no large cumulative
-sum is ever formed, so none loses digits.
+Inside a chunk every pair of tokens i > j is weighed by ``exp(G_i - G_j)``, where G is the cumulative log decay. That
+weight is built from two factors that meet at an anchor *between* i and j, so both are at most 1 however strong the
+gate: nothing overflows, and a factor that underflows to zero is the right answer. :func:`_pair_products` finds an
+anchor for every pair by halving the chunk down to single tokens. The factors of one level are products of those of the
+level below; no large cumulative sum is ever formed, so none loses digits.
 
-Sequences are walked in pieces of a bounded working set and only the state passes from one piece to the next. The backward pass
-walks them again from the last to the first, so it too keeps no intermediate that grows with T but one state a piece.
+Sequences are walked in pieces of a bounded working set and only the state passes from one piece to the next. The
+backward pass walks them again from the last to the first, so it too keeps no intermediate that grows with T but one
+state a piece.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 64
-# Elements of one [.., tokens, K] operand in the working set of a piece. About a dozen such operands live at a time: 4 MiB each
-# in float32 stay near the last-level cache of a small CPU (benchmarks/cpu_path.py).
+# Elements of one [.., tokens, K] operand in the working set of a piece. About a dozen such operands live at a time: 4
+# MiB each in float32 stay near the last-level cache of a small CPU (benchmarks/cpu_path.py).
 PIECE_ELEMENTS = 1 << 20
 
 
@@ -67,7 +68,7 @@ def _groups(call, most: int) -> Iterator[_Group]:
 
 
 def sequence_spans(call) -> list[tuple[int, int]]:
-    """(first token, length) of each packed sequence. Bounds outside [0, T] or decreasing are clamped, as the kernels do."""
+    """(first token, length) of each packed sequence. Wrong bounds are clamped to [0, T] and to lengths of 0 or more."""
     bounds = (call.cu_seqlens if call.cu_seqlens_cpu is None else call.cu_seqlens_cpu).tolist()
     T = call.q.shape[1]
     spans = []
@@ -78,7 +79,7 @@ def sequence_spans(call) -> list[tuple[int, int]]:
 
 
 def _pieces(length: int, tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(first, last + 1, chunk size) of each piece of a sequence: whole chunks first, then the rest in one smaller chunk."""
+    """(first, last + 1, chunk size) of each piece of a sequence: whole chunks, then the rest in one smaller chunk."""
     whole = length // CHUNK * CHUNK
     for a in range(0, whole, tokens):
         yield a, min(a + tokens, whole), CHUNK
@@ -100,35 +101,38 @@ def _pair_products(q, k, decay):
 
     Args: ``q``, ``k`` and ``decay`` = exp(g), ``[N, C, K]``, C a power of two.
 
-    Returns: ``Aqk[i, j] = sum_d q_i k_j exp(G_i - G_j)`` for j <= i and ``Akk`` likewise for j < i, ``[N, C, C]``, zero above;
-    ``from_start[i] = exp(G_i)`` and ``to_end[j] = exp(G_last - G_j)``, ``[N, C, K]``.
+    Returns: ``Aqk[i, j] = sum_d q_i k_j exp(G_i - G_j)`` for j <= i and ``Akk`` likewise for j < i, ``[N, C, C]``, zero
+    above; ``from_start[i] = exp(G_i)`` and ``to_end[j] = exp(G_last - G_j)``, ``[N, C, K]``.
 
-    At half-size s, each block of 2s tokens joins its second half (rows) with its first half (columns). The anchor is the last
-    token of the first half: rows carry the decay from there, columns the decay up to there.
+    At half-size s, each block of 2s tokens joins its second half (rows) with its first half (columns). The anchor is
+    the last token of the first half: rows carry the decay from there, columns the decay up to there.
     """
     N, C, K = q.shape
-    Aqk = torch.diag_embed((q * k).sum(-1))
+    Aqk = (q * k).sum(-1).view(-1, 1, 1)  # blocks on the diagonal, [N * C / s, s, s]
     Akk = torch.zeros_like(Aqk)
     from_start, to_end = decay, torch.ones_like(decay)
     s = 1
     while s < C:
-        blocks = C // (2 * s)
-        q_, k_, start_, end_ = (x.view(N * blocks, 2, s, K) for x in (q, k, from_start, to_end))
+        q_, k_, start_, end_ = (x.view(-1, 2, s, K) for x in (q, k, from_start, to_end))
         columns = (k_[:, 0] * end_[:, 0]).mT
-        for A, rows in ((Aqk, q_), (Akk, k_)):
-            below = (rows[:, 1] * start_[:, 1]) @ columns
-            A.view(N, blocks, 2, s, blocks, 2, s)[:, :, 1, :, :, 0].diagonal(0, 1, 3).copy_(
-                below.view(N, blocks, s, s).movedim(1, -1)
-            )
+        Aqk = _join(Aqk, (q_[:, 1] * start_[:, 1]) @ columns)
+        Akk = _join(Akk, (k_[:, 1] * start_[:, 1]) @ columns)
         from_start = torch.stack((start_[:, 0], start_[:, 1] * start_[:, 0, -1:]), 1).view(N, C, K)
         to_end = torch.stack((end_[:, 0] * start_[:, 1, -1:], end_[:, 1]), 1).view(N, C, K)
         s *= 2
     return Aqk, Akk, from_start, to_end
 
 
+def _join(A, below):
+    """Lower triangular blocks ``[2 n, s, s]`` in pairs, with ``below`` ``[n, s, s]``: ``[n, 2 s, 2 s]``."""
+    first, second = A.unflatten(0, (-1, 2)).unbind(1)
+    return torch.cat((F.pad(first, (0, first.shape[-1])), torch.cat((below, second), -1)), -2)
+
+
 def _activate(q, k, v, g, beta, A_log, dt_bias, call, dtype):
-    """The five tensors in ``dtype``: q and k normalised and q scaled, g the decay exp(log decay), beta the step, as the call asks."""
-    q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
+    """The five tensors in ``dtype``: q and k normalised and q scaled, g the decay exp(log decay), beta the step."""
+    # contiguous, because sums and exponentials round differently over other strides: no bit shall depend on the layout
+    q, k, v, g, beta = (x.to(dtype).contiguous() for x in (q, k, v, g, beta))
     if call.use_qk_l2norm_in_kernel:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     if call.use_gate_in_kernel:
@@ -146,7 +150,7 @@ def _activate(q, k, v, g, beta, A_log, dt_bias, call, dtype):
 
 
 def _token(q, k, v, decay, beta, S):
-    """One step of the recurrence, S ``[n, HV, K, V]``, the others ``[n, 1, HV, ..]``: what a chunk of one token comes to."""
+    """A chunk of one token is one step of the recurrence. S ``[n, HV, K, V]``, the others ``[n, 1, HV, ..]``."""
     groups = v.shape[2] // q.shape[2]
     q, k = (x[:, 0].repeat_interleave(groups, dim=1)[..., None, :] for x in (q, k))
     S = decay[:, 0, ..., None] * S
@@ -162,7 +166,7 @@ def _chunks(q, k, v, decay, beta, S, C):
     chunks = -(-L // C)
 
     def by_chunk(x, beyond=0):
-        """[n, L, h, d] -> [n * HV * chunks, C, d], tokens past L as ``beyond``: with a zero key they leave the state as it is."""
+        """[n, L, h, d] -> [n * HV * chunks, C, d]. Tokens past L have a zero key and no decay: they change no state."""
         x = x.transpose(1, 2)
         if chunks * C > L:
             x = F.pad(x, (0, 0, 0, chunks * C - L), value=beyond)
@@ -172,7 +176,7 @@ def _chunks(q, k, v, decay, beta, S, C):
 
     q, k, v, decay, beta = by_chunk(q), by_chunk(k), by_chunk(v), by_chunk(decay, beyond=1), by_chunk(beta[..., None])
     Aqk, Akk, from_start, to_end = _pair_products(q, k, decay)
-    # (I + diag(beta) Akk) X = beta [V | K e^G]: substitution stays exact where powers of Akk would blow up (equal keys, beta 2)
+    # (I + diag(beta) Akk) X = beta [V | K e^G]. Substitution holds where powers of Akk blow up: equal keys, beta 2.
     U, W = torch.linalg.solve_triangular(
         beta * Akk, beta * torch.cat((v, k * from_start), -1), upper=False, unitriangular=True
     ).split((V, K), -1)
@@ -194,7 +198,8 @@ def _chunks(q, k, v, decay, beta, S, C):
 def _piece(q, k, v, g, beta, A_log, dt_bias, S, call, C):
     """A piece of every sequence of a group: ``([n, L, HV, V] output, state after it)``. Differentiable by autograd.
 
-    q, k ``[n, L, H, K]``; v, g, beta ``[n, L, HV, ..]``; S ``[n, HV, K, V]`` in the compute dtype; L any length, chunks of C.
+    q, k ``[n, L, H, K]``; v, g, beta ``[n, L, HV, ..]``; S ``[n, HV, K, V]`` in the compute dtype; any L, chunks of C.
+    Nothing in here works in place: below a custom op autograd would not see it.
     """
     activated = _activate(q, k, v, g, beta, A_log, dt_bias, call, S.dtype)
     return _token(*activated, S) if C == 1 else _chunks(*activated, S, C)
@@ -222,7 +227,8 @@ def chunked_forward(call, out: torch.Tensor, final_state: torch.Tensor | None) -
     Args:
         call: a checked :class:`flash_kda.contract.Call`.
         out: ``[B, T, HV, V]``, any floating dtype; rows that no sequence covers are left alone.
-        final_state: ``[N, HV, K, V]`` (or V-first, as the call says), any floating dtype; may be ``call.initial_state``.
+        final_state: ``[N, HV, K, V]`` (or V-first, as the call says), any floating dtype; may be
+            ``call.initial_state``.
 
     Computes in float32, or float64 for float64 inputs. Reads the contents of ``cu_seqlens`` on the host.
     """
@@ -239,7 +245,7 @@ def chunked_forward(call, out: torch.Tensor, final_state: torch.Tensor | None) -
 def chunked_backward(call, grad_out: torch.Tensor, grad_final_state: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Gradients of (q, k, v, g, beta, A_log, dt_bias, initial_state), each None where the call has None.
 
-    Each piece is run again under autograd, from the last to the first, on the states that a forward walk left at its start.
+    Each piece is run again under autograd, from the last to the first, on the state that a forward walk found there.
     """
     inputs = (call.q, call.k, call.v, call.g, call.beta)
     params = (call.A_log, call.dt_bias)

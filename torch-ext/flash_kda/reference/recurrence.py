@@ -36,8 +36,8 @@ def recurrent_kda(
     normalisation included, is done in ``dtype``.
 
     Returns:
-        ``o`` ``[B, T, HV, V]`` and the final state ``[N, HV, K, V]`` (``[N, HV, V, K]`` when ``state_v_first``), both in
-        ``dtype``. Rows of ``o`` that no sequence covers are zero.
+        ``o`` ``[B, T, HV, V]`` and the final state ``[N, HV, K, V]`` (``[N, HV, V, K]`` when ``state_v_first``), both
+        in ``dtype``. Rows of ``o`` that no sequence covers are zero.
 
     Source: Kimi Linear (arXiv:2510.26692), the recurrent form of KDA.
     """

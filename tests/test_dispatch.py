@@ -1,0 +1,159 @@
+"""Which path a call takes, and what is said about it."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from cases import KERNEL, PROFILES, make
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+SHAPES = {"q": (1, 70, 2, 128), "k": (1, 70, 2, 128), "v": (1, 70, 4, 128), "g": (1, 70, 4, 128), "beta": (1, 70, 4)}
+
+
+@pytest.fixture
+def hopper_call(kernel, monkeypatch):
+    """Makes calls on tensors that say they are on a Hopper GPU, with a CUDA build; they can be judged but not run."""
+    monkeypatch.setattr(kernel.dispatch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernel.prefill, "AVAILABLE", True)
+
+    def build(device="cuda", dtype=torch.bfloat16, g_dtype=None, dim=128):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            tensors = {
+                n: torch.empty(
+                    *(dim if s == 128 else s for s in shape),
+                    dtype=g_dtype or dtype if n == "g" else dtype,
+                    device=device,
+                )
+                for n, shape in SHAPES.items()
+            }
+        off = dict.fromkeys(("use_gate_in_kernel", "use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel"), False)
+        none = dict.fromkeys(("A_log", "dt_bias", "initial_state", "cu_seqlens", "scale", "lower_bound"))
+        return kernel.contract.check_call(**tensors, **off, **none, allow_neg_eigval=False, state_v_first=False)
+
+    return build
+
+
+@pytest.mark.parametrize("g_dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_is_selected(kernel, hopper_call, g_dtype):
+    assert kernel.dispatch.select(hopper_call(g_dtype=g_dtype), needs_grad=False)[0] == kernel.dispatch.CUDA_PREFILL
+
+
+@pytest.mark.parametrize(
+    "options, needs_grad, reason",
+    [
+        ({"device": "cpu"}, False, "the tensors are on cpu"),
+        ({}, True, "an input requires a gradient"),
+        ({"dtype": torch.float32}, False, "bfloat16 q, k and v, got torch.float32"),
+        ({"dtype": torch.float16}, False, "bfloat16 q, k and v, got torch.float16"),
+        ({"g_dtype": torch.float16}, False, "bfloat16 or float32 g, got torch.float16"),
+        ({"dim": 64}, False, "head dims K = V = 128, got 64 and 64"),
+    ],
+    ids=str,
+)
+def test_the_pytorch_path_is_selected(kernel, hopper_call, options, needs_grad, reason):
+    path, said = kernel.dispatch.select(hopper_call(**options), needs_grad)
+    assert path == kernel.dispatch.PYTORCH and reason in said
+
+
+def test_other_gpus_and_builds(kernel, hopper_call, monkeypatch):
+    call = hopper_call()
+    monkeypatch.setattr(kernel.dispatch, "_capability", lambda device: (10, 0))
+    assert "the device has 10.0" in kernel.dispatch.select(call, False)[1]
+    monkeypatch.setattr(kernel.prefill, "AVAILABLE", False)
+    assert "no CUDA kernels" in kernel.dispatch.select(call, False)[1]
+
+
+def test_one_warning_a_reason(kernel, hopper_call, monkeypatch):
+    monkeypatch.setattr(kernel.dispatch, "_warned", set())
+    monkeypatch.setattr(kernel.dispatch, "chunked_forward", lambda *args: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for options in ({"dim": 64}, {"dim": 64}, {"dtype": torch.float32}, {"dim": 64}):
+            kernel.dispatch.run(hopper_call(**options), None, None)
+    assert [str(w.message).split(": ")[1].split(",")[0] for w in caught] == [
+        "the kernel takes head dims K = V = 128",
+        "the kernel takes bfloat16 q",
+    ]
+
+
+def test_strict_makes_it_an_error(kernel, hopper_call, monkeypatch):
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    with pytest.raises(RuntimeError, match="FLASH_KDA_STRICT=1 .* head dims K = V = 128, got 64 and 64"):
+        kernel.dispatch.run(hopper_call(dim=64), None, None)
+
+
+def test_a_cpu_says_nothing_and_is_not_strict(kernel, monkeypatch):
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    args = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in make(PROFILES[0], T=5).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernel.chunk_kda(**args)
+
+
+def test_the_log_says_what_ran(kernel, caplog):
+    args = make(PROFILES[0], T=5)
+    with caplog.at_level(logging.INFO, logger="flash_kda"):
+        kernel.chunk_kda(**args)
+    assert [r.message.split(":")[0] for r in caplog.records] == [kernel.dispatch.PYTORCH]
+
+
+@pytest.mark.gpu
+def test_the_log_says_that_the_kernel_ran(kernel, caplog):
+    with caplog.at_level(logging.INFO, logger="flash_kda"):
+        kernel.chunk_kda(**make(KERNEL, T=5))
+    assert [r.message.split(":")[0] for r in caplog.records] == [kernel.dispatch.CUDA_PREFILL]
+
+
+@pytest.mark.gpu
+def test_the_gpu_falls_back_with_a_warning(kernel, monkeypatch):
+    args = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in make(PROFILES[0], T=5).items()}
+    monkeypatch.setattr(kernel.dispatch, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="the slower PyTorch path: the kernel takes bfloat16"):
+        kernel.chunk_kda(**args)
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    with pytest.raises(RuntimeError, match="FLASH_KDA_STRICT"):
+        kernel.chunk_kda(**args)
+
+
+# --- what the kernel is handed
+
+
+def test_workspace_size(kernel):
+    size, record = kernel.prefill.workspace_size, kernel.prefill.RECORD_BYTES
+    assert size(1, 0, 1, 1, False) == 256
+    assert size(1, 64, 1, 1, False) == record and size(1, 65, 1, 1, False) == 2 * record
+    assert size(3, 65, 3, 2, False) == 12 * record
+    assert size(1, 65, 4, 2, True) == 2 * 5 * record
+    limit = kernel.prefill.WORKSPACE_LIMIT
+    for value_heads in (1, 8, 96, 1000):
+        sizes = [size(1, 1 << n, 1, value_heads, False) for n in range(24)]
+        assert sizes == sorted(sizes) or max(sizes) - min(sizes[-2:]) < value_heads * record
+        assert max(sizes) <= max(limit, value_heads * (record + 2 * kernel.prefill.STATE_BYTES))
+
+
+@pytest.mark.gpu
+def test_workspace_size_is_the_kernels(kernel):
+    for packed in (False, True):
+        for batch, tokens, sequences, heads in [
+            (1, 0, 0, 1),
+            (1, 8192, 1, 96),
+            (1, 8192, 6, 32),
+            (64, 1024, 64, 32),
+            (1, 1 << 20, 3, 8),
+            (1, 64, 1, 5000),
+        ]:
+            B, N = (1, sequences) if packed else (batch, batch)
+            ours = kernel.prefill.workspace_size(B, tokens, N, heads, packed)
+            assert ours == kernel._ops.ops.prefill_workspace_size(tokens, B, N, heads, packed)
+
+
+def test_alignment(kernel):
+    aligned = kernel.prefill._aligned
+    x = torch.zeros(2, 70, 4, 128, dtype=torch.bfloat16)
+    assert aligned(x) and aligned(x.transpose(1, 2)) and aligned(x[:, :, 1:]) and aligned(x.float())
+    wide = torch.zeros(2, 70, 4, 132, dtype=torch.bfloat16)
+    assert not aligned(wide[..., :128]) and aligned(wide.float()[..., :128])
+    assert not aligned(torch.zeros(2, 70, 4, 136, dtype=torch.bfloat16)[..., 1:129])
+    assert not aligned(x[:1].expand(2, -1, -1, -1))
+    assert aligned(wide[:1, :1, :1, :128])
