@@ -17,17 +17,27 @@ __device__ __forceinline__ float softplus_log2(float y) {
   return u < 0.015625f ? series : direct;
 }
 
-struct GateHead {
-  float rate;   // exp(A_log) (softplus), exp(A_log) * log2(e) (lower bound)
-  float bound;  // lower_bound * log2(e)
-};
-
+// The gate of one channel.
 template <Gate kGate>
-__device__ __forceinline__ float log2_decay(float x, float dt_bias, GateHead const& head) {
-  if constexpr (kGate == Gate::kGiven) return x * kLog2e;
-  float const y = x + dt_bias;
-  if constexpr (kGate == Gate::kSoftplus) return -head.rate * softplus_log2(y * kLog2e);
-  return head.bound * rcp_approx(1.f + exp2_approx(-head.rate * y));
-}
+struct LogDecay {
+  float slope, offset, height;
+
+  __device__ __forceinline__ LogDecay(float rate, float lower_bound, float dt_bias) {
+    if constexpr (kGate == Gate::kSoftplus) {
+      slope = kLog2e;
+      height = -rate;
+    } else if constexpr (kGate == Gate::kLowerBound) {
+      slope = -rate * kLog2e;
+      height = lower_bound * kLog2e;
+    }
+    offset = slope * dt_bias;
+  }
+  __device__ __forceinline__ float operator()(float x) const {
+    if constexpr (kGate == Gate::kGiven) return x * kLog2e;
+    float const y = slope * x + offset;
+    if constexpr (kGate == Gate::kSoftplus) return height * softplus_log2(y);
+    return height * rcp_approx(1.f + exp2_approx(y));
+  }
+};
 
 }  // namespace kda

@@ -66,8 +66,8 @@ cudaError_t encode_values(CUtensorMap& map, PrefillParams const& p) {
   cuuint32_t const element_strides[4] = {1, 1, 1, 1};
   CUresult const result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(p.v.data), extents, strides, box,
-             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -86,14 +86,14 @@ cudaError_t launch_prepare(PrepareParams const& params, int slots, cudaStream_t 
 }
 
 template <int kWarpgroups>
-cudaError_t launch_recurrence(RecurrenceParams const& params, CUtensorMap const& v_map, cudaStream_t stream) {
+cudaError_t launch_recurrence(RecurrenceParams const& params, cudaStream_t stream) {
   using Shape = RecurrenceShape<kWarpgroups>;
   constexpr size_t kSmem = sizeof(RecurrenceSmem<kWarpgroups>);
   static_assert(kSmem <= 227 * 1024);
   static cudaError_t const allowed = allow_shared_memory(recurrence_kernel<kWarpgroups>, kSmem);
   if (allowed != cudaSuccess) return allowed;
   int64_t const ctas = int64_t(params.sequences.num_seqs) * params.value_heads * Shape::kSlices;
-  recurrence_kernel<kWarpgroups><<<static_cast<unsigned>(ctas), Shape::kThreads, kSmem, stream>>>(params, v_map);
+  recurrence_kernel<kWarpgroups><<<static_cast<unsigned>(ctas), Shape::kThreads, kSmem, stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -119,9 +119,6 @@ int64_t prefill_workspace_size(int64_t tokens, int batch, int num_seqs, int valu
 
 cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   if (p.num_seqs == 0 || p.value_heads == 0) return cudaSuccess;
-  CUtensorMap v_map;
-  if (cudaError_t const error = encode_values(v_map, p)) return error;
-
   int64_t const slots = slot_count(p.tokens, p.batch, p.num_seqs, p.cu_seqlens != nullptr);
   Schedule const schedule = make_schedule(slots, p.value_heads, p.workspace_bytes);
   Sequences const sequences = {p.cu_seqlens, p.cu_seqlens_is_int64, p.num_seqs,
@@ -133,10 +130,11 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   PrepareParams prepare = {p.q, p.k, p.v, p.g, p.beta, p.g_dtype == Dtype::kFp32, p.beta_dtype == Dtype::kFp32,
                            p.A_log, p.dt_bias, sequences, {}, p.value_heads, p.value_heads / p.heads, p.scale,
                            p.lower_bound, p.qk_l2norm, p.beta_sigmoid, p.allow_neg_eigval};
-  RecurrenceParams recurrence = {sequences, {}, p.value_heads, p.initial_state, p.final_state,
+  RecurrenceParams recurrence = {{}, sequences, {}, p.value_heads, p.initial_state, p.final_state,
                                  p.initial_state_dtype == Dtype::kFp32, p.final_state_dtype == Dtype::kFp32,
                                  p.state_v_first, static_cast<bf16*>(p.out), p.out_stride_batch, p.out_stride_token,
                                  p.out_stride_head};
+  if (cudaError_t const error = encode_values(recurrence.v_map, p)) return error;
 
   // Two CTAs a head while that leaves no SM without work that one CTA a head would have given it.
   bool const split_values = 2 * int64_t(p.num_seqs) * p.value_heads <= sm_count();
@@ -152,8 +150,8 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
                                                               : launch_prepare<Gate::kGiven>(prepare, n, stream);
       if (error != cudaSuccess) return error;
     }
-    cudaError_t const error = split_values ? launch_recurrence<1>(recurrence, v_map, stream)
-                                           : launch_recurrence<2>(recurrence, v_map, stream);
+    cudaError_t const error = split_values ? launch_recurrence<1>(recurrence, stream)
+                                           : launch_recurrence<2>(recurrence, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -174,6 +174,18 @@ __device__ __forceinline__ void invert_diagonal(Block& t, Block const& a, int la
   }
 }
 
+// Halves the tokens a lane is responsible for until one is left: lane l ends with token l % 16.
+template <int kWidth>
+__device__ __forceinline__ void fold_tokens(float (&sum)[kBlock], int lane) {
+  bool const upper = lane & kWidth;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    float const give = upper ? sum[i] : sum[i + kWidth];
+    float const keep = upper ? sum[i + kWidth] : sum[i];
+    sum[i] = keep + __shfl_xor_sync(0xffffffffu, give, kWidth);
+  }
+  if constexpr (kWidth > 1) fold_tokens<kWidth / 2>(sum, lane);
+}
 // Sum of squares over the warp's 64 channels of each of 16 tokens; lane l gets that of token l % 16.
 __device__ __forceinline__ float square_sums(uint32_t const (&pair)[kBlock], int lane) {
   float sum[kBlock];
@@ -182,17 +194,22 @@ __device__ __forceinline__ float square_sums(uint32_t const (&pair)[kBlock], int
     float const x = unpack_lo(pair[i]), y = unpack_hi(pair[i]);
     sum[i] = x * x + y * y;
   }
-#pragma unroll
-  for (int width = kBlock / 2; width >= 1; width /= 2) {  // halve the tokens a lane is responsible for
-    bool const upper = lane & width;
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      float const give = upper ? sum[i] : sum[i + width];
-      float const keep = upper ? sum[i + width] : sum[i];
-      sum[i] = keep + __shfl_xor_sync(0xffffffffu, give, width);
-    }
-  }
+  fold_tokens<kBlock / 2>(sum, lane);
   return sum[0] + __shfl_xor_sync(0xffffffffu, sum[0], 16);
+}
+
+// A lane's pair of channels of a block's tokens, one token a row; zero from `tokens` on.
+template <class Pair>
+__device__ __forceinline__ void load_rows(Pair (&pairs)[kBlock], void const* first, int64_t row_bytes, int tokens) {
+  auto const* row = static_cast<char const*>(first);
+  if (tokens >= kBlock) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i, row += row_bytes) pairs[i] = __ldcs(reinterpret_cast<Pair const*>(row));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i, row += row_bytes)
+      pairs[i] = i < tokens ? __ldcs(reinterpret_cast<Pair const*>(row)) : Pair{};
+  }
 }
 
 template <Gate kGate>
@@ -215,31 +232,25 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   int64_t const first_token = p.sequences.first_token(seq) + chunk_start;
   Record& record = p.slab.records[int64_t(slot - p.slab.begin) * p.value_heads + head];
 
-  // ---- load g, k and q: one 4-byte pair of channels a token, 128 contiguous bytes a warp
-  auto first_row = [&](TensorView const& view, int h) {
-    return view.stride_batch * batch + view.stride_token * (first_token + kBlock * block) + view.stride_head * h + channel;
-  };
-  auto load_pairs = [&](uint32_t (&pairs)[kBlock], TensorView const& view, int h) {
-    auto const* row = static_cast<bf16 const*>(view.data) + first_row(view, h);
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i, row += view.stride_token)
-      pairs[i] = i < tokens ? __ldcs(reinterpret_cast<uint32_t const*>(row)) : 0u;
+  // ---- load g, k and q: one pair of channels a lane and token, 128 (or 256) contiguous bytes a warp
+  auto load = [&](auto& pairs, TensorView const& view, int h, int element_bytes) {
+    int64_t const first =
+        view.stride_batch * batch + view.stride_token * (first_token + kBlock * block) + view.stride_head * h + channel;
+    load_rows(pairs, static_cast<char const*>(view.data) + first * element_bytes, view.stride_token * element_bytes,
+              tokens);
   };
   uint32_t q_pair[kBlock], k_pair[kBlock];
   float2 g[kBlock];  // log2 decay a token
   int const key_head = head / p.heads_per_key;
   if (p.g_is_fp32) {
-    auto const* row = static_cast<float const*>(p.g.data) + first_row(p.g, head);
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i, row += p.g.stride_token)
-      g[i] = i < tokens ? __ldcs(reinterpret_cast<float2 const*>(row)) : make_float2(0.f, 0.f);
-    load_pairs(k_pair, p.k, key_head);
-    load_pairs(q_pair, p.q, key_head);
+    load(g, p.g, head, sizeof(float));
+    load(k_pair, p.k, key_head, sizeof(bf16));
+    load(q_pair, p.q, key_head, sizeof(bf16));
   } else {
     uint32_t g_pair[kBlock];
-    load_pairs(g_pair, p.g, head);
-    load_pairs(k_pair, p.k, key_head);
-    load_pairs(q_pair, p.q, key_head);
+    load(g_pair, p.g, head, sizeof(bf16));
+    load(k_pair, p.k, key_head, sizeof(bf16));
+    load(q_pair, p.q, key_head, sizeof(bf16));
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) g[i] = make_float2(unpack_lo(g_pair[i]), unpack_hi(g_pair[i]));
   }
@@ -254,25 +265,26 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
       if (p.beta_sigmoid) beta = (p.allow_neg_eigval ? 2.f : 1.f) / (1.f + __expf(-beta));
     }
     smem.beta[threadIdx.x] = beta;
-    record.factors.beta[threadIdx.x] = beta;
+    record.factors.beta[ChunkFactors::index(threadIdx.x)] = beta;
   }
 
   // ---- gate
   {
-    GateHead gate_head = {1.f, p.lower_bound * kLog2e};
+    float const rate = kGate != Gate::kGiven && p.A_log != nullptr ? exp2f(p.A_log[head] * kLog2e) : 1.f;
     float2 dt_bias = make_float2(0.f, 0.f);
-    if constexpr (kGate != Gate::kGiven) {
-      if (p.A_log != nullptr) gate_head.rate = exp2f(p.A_log[head] * kLog2e);
-      if constexpr (kGate == Gate::kLowerBound) gate_head.rate *= kLog2e;
-      if (p.dt_bias != nullptr)
-        dt_bias = *reinterpret_cast<float2 const*>(p.dt_bias + head * kHeadDim + channel);
-    }
+    if (kGate != Gate::kGiven && p.dt_bias != nullptr)
+      dt_bias = *reinterpret_cast<float2 const*>(p.dt_bias + head * kHeadDim + channel);
+    LogDecay<kGate> const x_decay(rate, p.lower_bound, dt_bias.x), y_decay(rate, p.lower_bound, dt_bias.y);
     float2 total = make_float2(0.f, 0.f);
 #pragma unroll
+    for (int i = 0; i < kBlock; ++i) g[i] = make_float2(x_decay(g[i].x), y_decay(g[i].y));
+    if (tokens < kBlock) {  // past the end of the sequence the state must stand still
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i)
+        if (i >= tokens) g[i] = make_float2(0.f, 0.f);
+    }
+#pragma unroll
     for (int i = 0; i < kBlock; ++i) {
-      bool const valid = i < tokens;  // past the end of the sequence the state must stand still
-      g[i].x = valid ? log2_decay<kGate>(g[i].x, dt_bias.x, gate_head) : 0.f;
-      g[i].y = valid ? log2_decay<kGate>(g[i].y, dt_bias.y, gate_head) : 0.f;
       total.x += g[i].x;
       total.y += g[i].y;
     }
@@ -309,7 +321,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   }
   if (block == 0) {
     float2 const own = *reinterpret_cast<float2 const*>(&smem.total[0][channel]);
-    *reinterpret_cast<float2*>(&record.factors.decay[channel]) =
+    *reinterpret_cast<float2*>(&record.factors.decay[ChunkFactors::index(channel)]) =
         make_float2(exp2f(own.x + suffix.x), exp2f(own.y + suffix.y));
   }
   prefix = make_float2(exp2_approx(prefix.x), exp2_approx(prefix.y));

@@ -8,9 +8,15 @@ namespace kda {
 
 // One chunk of one value head, in the order and the shared-memory layout in which the recurrence wants it, so that one
 // bulk copy brings it. Panels are those of sm90.cuh. With G the inclusive cumulative log decay inside the chunk:
+// A thread of the recurrence wants the entries 8j + 2c and 8j + 2c + 1 of both vectors for one c < 4 and all j. They are
+// kept in the order (j / 2, c, j % 2, e), so that it reads four at a time and a warp's reads lie side by side.
 struct ChunkFactors {
   float decay[kHeadDim];  // exp(G_end)
   float beta[kChunk];     // 0 past the end of the sequence
+
+  static __device__ __forceinline__ constexpr int index(int n) {
+    return (n & ~15) | (n >> 1 & 3) << 2 | (n >> 3 & 1) << 1 | (n & 1);
+  }
 };
 struct Record {
   char k_decayed[2][64 * kPanelRowBytes];  // -beta_i k_i exp(G_i)     [token, key channel], two panels of 64 channels

@@ -23,9 +23,9 @@ constexpr int kValueTile = 64;  // value channels of a warpgroup
 
 template <int kWarpgroups>
 struct RecurrenceShape {
-  // One warp feeds the ring. Beside two consumer warpgroups it comes as a warpgroup, so that setmaxnreg can move the
-  // registers to where the state is.
-  static constexpr int kThreads = 128 * kWarpgroups + (kWarpgroups == 1 ? 32 : 128);
+  // Behind the consumers: one warp feeds the ring, one a warpgroup writes outputs. Beside two consumer warpgroups they
+  // come as a warpgroup, so that setmaxnreg can move the registers to where the state is.
+  static constexpr int kThreads = 128 * kWarpgroups + (kWarpgroups == 1 ? 64 : 128);
   static constexpr int kStages = kWarpgroups == 1 ? 3 : 2;  // what 227 KB hold
   static constexpr int kSlices = kHeadDim / (kValueTile * kWarpgroups);  // CTAs a head
 };
@@ -43,13 +43,17 @@ struct RecurrenceSmem {
   static_assert(sizeof(Operands) == kRecordPanelBytes);
   alignas(1024) Operands operands[Shape::kStages];
   alignas(1024) char v[Shape::kStages][kWarpgroups][64 * kPanelRowBytes];  // [token, value channel]
-  alignas(1024) char out[kWarpgroups][64 * kPanelRowBytes];
+  alignas(1024) char out[kWarpgroups][64 * kPanelRowBytes];  // [token, value channel]
   alignas(16) ChunkFactors factors[Shape::kStages];
   alignas(8) uint64_t full[Shape::kStages];
   alignas(8) uint64_t empty[Shape::kStages];
+  alignas(8) uint64_t values_loaded;  // of a sequence's partial last chunk
+  alignas(8) uint64_t out_full[kWarpgroups];
+  alignas(8) uint64_t out_empty[kWarpgroups];
 };
 
 struct RecurrenceParams {
+  CUtensorMap v_map;    // boxes of 64 channels x 64 tokens of one head, as panels
   Sequences sequences;
   Slab slab;
   int value_heads;
@@ -96,7 +100,7 @@ __device__ __forceinline__ void pack_operand(uint32_t (&packed)[kCount / 2], flo
 
 template <int kWarpgroups>
 __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
-    recurrence_kernel(const __grid_constant__ RecurrenceParams p, const __grid_constant__ CUtensorMap v_map) {
+    recurrence_kernel(const __grid_constant__ RecurrenceParams p) {
   using Shape = RecurrenceShape<kWarpgroups>;
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<RecurrenceSmem<kWarpgroups>*>(smem_bytes);
@@ -117,42 +121,79 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
       TransactionBarrier::init(&smem.full[s], 1);
       EmptyBarrier::init(&smem.empty[s], 4 * kWarpgroups);
     }
+    TransactionBarrier::init(&smem.values_loaded, 1);
+    for (int w = 0; w < kWarpgroups; ++w) {
+      EmptyBarrier::init(&smem.out_full[w], 4);
+      EmptyBarrier::init(&smem.out_empty[w], 1);
+    }
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
 
   // The first chunk's slot in this slab and how many there are, uniform over the warp for the compiler's sake.
   int const steps = __shfl_sync(0xffffffffu, end - begin, 0);
+  int const batch = p.sequences.batch(seq);
   int64_t const first_chunk_token = first_token + int64_t(begin) * kChunk;
 
   if (warp >= 4 * kWarpgroups) {
-    // ---- producer: one record and its values a stage; after the last a stage of ones, the decay of no chunk
-    if constexpr (kWarpgroups > 1) cutlass::arch::warpgroup_reg_dealloc<24>();
-    if (warp == 4 * kWarpgroups && lane == 0) {
+    if constexpr (kWarpgroups > 1) cutlass::arch::warpgroup_reg_dealloc<40>();
+    if (warp == 4 * kWarpgroups) {
+      // ---- producer: one record and its values a stage; after the last a stage of ones, the decay of no chunk
       Record const* record = p.slab.records + int64_t(slot_base + begin - p.slab.begin) * p.value_heads + head;
       int stage = 0, phase = 1;  // the first pass over the ring finds it empty
       for (int i = 0; i < steps; ++i, record += p.value_heads) {
+        int64_t const token = first_chunk_token + int64_t(i) * kChunk;
+        int const tokens = static_cast<int>(min(first_token + length - token, int64_t(kChunk)));
+        bool const partial = tokens < kChunk;
+        uint64_t* const full = &smem.full[stage];
         EmptyBarrier::wait(&smem.empty[stage], phase);
-        TransactionBarrier::arrive_and_expect_tx(&smem.full[stage], kRecordBytes + sizeof(smem.v[0]));
-        cute::SM90_BULK_COPY_G2S::copy(record, &smem.full[stage], &smem.operands[stage], kRecordPanelBytes);
-        cute::SM90_BULK_COPY_G2S::copy(&record->factors, &smem.full[stage], &smem.factors[stage], sizeof(ChunkFactors));
+        if (lane == 0) {
+          TransactionBarrier::expect_transaction(full, kRecordBytes + (partial ? 0 : sizeof(smem.v[0])));
+          cute::SM90_BULK_COPY_G2S::copy(record, full, &smem.operands[stage], kRecordPanelBytes);
+          cute::SM90_BULK_COPY_G2S::copy(&record->factors, full, &smem.factors[stage], sizeof(ChunkFactors));
+          if (partial) TransactionBarrier::arrive_and_expect_tx(&smem.values_loaded, sizeof(smem.v[0]));
 #pragma unroll
-        for (int w = 0; w < kWarpgroups; ++w)
-          cute::SM90_TMA_LOAD_4D::copy(&v_map, &smem.full[stage],
-                                       static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-                                       smem.v[stage][w], kValueTile * (slice * kWarpgroups + w), head,
-                                       static_cast<int32_t>(first_chunk_token + i * kChunk), p.sequences.batch(seq));
+          for (int w = 0; w < kWarpgroups; ++w)
+            cute::SM90_TMA_LOAD_4D::copy(&p.v_map, partial ? &smem.values_loaded : full,
+                                         static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST), smem.v[stage][w],
+                                         kValueTile * (slice * kWarpgroups + w), head, static_cast<int32_t>(token), batch);
+        }
+        if (partial) {  // the last chunk: the rows past the end came with another sequence's values
+          TransactionBarrier::wait(&smem.values_loaded, 0);
+          for (int n = lane; n < kWarpgroups * 8 * (kChunk - tokens); n += 32) {
+            int const w = n / (8 * (kChunk - tokens)), cell = n % (8 * (kChunk - tokens));
+            *reinterpret_cast<uint4*>(smem.v[stage][w] + panel_offset(tokens + cell / 8, cell % 8)) = make_uint4(0, 0, 0, 0);
+          }
+          __syncwarp();
+        }
+        if (lane == 0) EmptyBarrier::arrive(full);
         if (++stage == Shape::kStages) stage = 0, phase ^= 1;
       }
       EmptyBarrier::wait(&smem.empty[stage], phase);
-      for (int d = 0; d < kHeadDim; ++d) smem.factors[stage].decay[d] = 1.f;
-      EmptyBarrier::arrive(&smem.full[stage]);
+      reinterpret_cast<float4*>(smem.factors[stage].decay)[lane] = make_float4(1.f, 1.f, 1.f, 1.f);
+      __syncwarp();
+      if (lane == 0) EmptyBarrier::arrive(&smem.full[stage]);
+    } else if (warp <= 4 * kWarpgroups + kWarpgroups) {
+      // ---- writers: a warpgroup's outputs of a chunk, 128 bytes a token
+      int const w = warp - 4 * kWarpgroups - 1, unit = lane % 8;
+      bf16* out = p.out + p.out_stride_batch * batch + p.out_stride_token * (first_chunk_token + lane / 8) +
+                  p.out_stride_head * head + kValueTile * (slice * kWarpgroups + w) + 8 * unit;
+      int64_t tokens = first_token + length - first_chunk_token;
+      for (int i = 0; i < steps; ++i, tokens -= kChunk) {
+        EmptyBarrier::wait(&smem.out_full[w], i & 1);
+#pragma unroll 4
+        for (int row = lane / 8; row < kChunk; row += 4, out += 4 * p.out_stride_token)
+          if (row < tokens)
+            *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4 const*>(smem.out[w] + panel_offset(row, unit));
+        __syncwarp();
+        if (lane == 0) EmptyBarrier::arrive(&smem.out_empty[w]);
+      }
     }
     return;
   }
 
   // ---- consumers
-  if constexpr (kWarpgroups > 1) cutlass::arch::warpgroup_reg_alloc<240>();
+  if constexpr (kWarpgroups > 1) cutlass::arch::warpgroup_reg_alloc<232>();
   int const warpgroup = warp / 4;
   int const value = kValueTile * (slice * kWarpgroups + warpgroup) + 16 * (warp % 4) + (lane >> 2);
   int64_t const state_offset = (int64_t(seq) * p.value_heads + head) * kHeadDim * kHeadDim;
@@ -171,86 +212,72 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   uint32_t own_offset[4];  // of the four 8 x 8 x 4 pieces of a warp's 64 tokens x 16 channels
 #pragma unroll
   for (int j = 0; j < 4; ++j) own_offset[j] = panel_offset(8 * (2 * j + (matrix >> 1)) + matrix_row, own_unit);
-  char* const out_panel = smem.out[warpgroup];
-  int const thread = threadIdx.x % 128, out_unit = thread % 8, out_row = thread / 8;
-  int remaining = static_cast<int>(min(length - int64_t(begin) * kChunk, int64_t(steps) * kChunk));  // tokens from this chunk on
-  bf16* out = p.out + p.out_stride_batch * p.sequences.batch(seq) +
-              p.out_stride_token * (first_chunk_token - kChunk + out_row) + p.out_stride_head * head +
-              kValueTile * (slice * kWarpgroups + warpgroup) + 8 * out_unit;  // row of the chunk before the first
-  auto write_out = [&](uint32_t const (&o)[16], int tokens) {
-    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);  // the panel's last rows have been read
+  int const column = lane & 3;  // accumulator columns are 8j + 2 column + {0, 1}
+  auto decay_state = [&](ChunkFactors const& factors) {
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 16; ++j) {
+      float4 const decay = *reinterpret_cast<float4 const*>(&factors.decay[16 * j + 4 * column]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        s[8 * j + 2 * h] *= decay.x;
+        s[8 * j + 2 * h + 1] *= decay.y;
+        s[8 * j + 4 + 2 * h] *= decay.z;
+        s[8 * j + 4 + 2 * h + 1] *= decay.w;
+      }
+    }
+  };
+  float w[32], o[32], v_new[32];
+  uint32_t s_operand[32], w_operand[16], v_operand[16], o_packed[16];
+  auto seed_with_values = [&](int stage) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t r[4];
+      ldmatrix_x4_trans(r, smem.v[stage][warpgroup] + own_offset[j]);
+      float4 const beta = *reinterpret_cast<float4 const*>(&smem.factors[stage].beta[16 * j + 4 * column]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        w[8 * j + 2 * h] = unpack_lo(r[h]) * beta.x;
+        w[8 * j + 2 * h + 1] = unpack_hi(r[h]) * beta.y;
+        w[8 * j + 4 + 2 * h] = unpack_lo(r[2 + h]) * beta.z;
+        w[8 * j + 4 + 2 * h + 1] = unpack_hi(r[2 + h]) * beta.w;
+      }
+    }
+  };
+  auto hand_out = [&](int chunks_before) {  // to the writer; the panel is free once the chunk before has left it
+    EmptyBarrier::wait(&smem.out_empty[warpgroup], (chunks_before & 1) ^ 1);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      stmatrix_x4_trans(out_panel + own_offset[j], o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
-    cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (16 * i + out_row < tokens)
-        __stcs(reinterpret_cast<uint4*>(out + p.out_stride_token * (16 * i)),
-               *reinterpret_cast<uint4 const*>(out_panel + panel_offset(16 * i + out_row, out_unit)));
-    out += p.out_stride_token * kChunk;
-  };
-  auto decay_state = [&](ChunkFactors const& factors) {
-    for_each_state_pair(lane, [&](int e, int, int key) {
-      float2 const decay = *reinterpret_cast<float2 const*>(&factors.decay[key]);
-      s[e] *= decay.x;
-      s[e + 1] *= decay.y;
-    });
+      stmatrix_x4_trans(smem.out[warpgroup] + own_offset[j], o_packed[4 * j], o_packed[4 * j + 1], o_packed[4 * j + 2],
+                        o_packed[4 * j + 3]);
+    __syncwarp();
+    if (lane == 0) EmptyBarrier::arrive(&smem.out_full[warpgroup]);
   };
 
-  uint32_t s_operand[32];
-  uint32_t o_packed[16] = {};
-  int stage = 0, phase = 0, tokens_before = 0;
+  int stage = 0, phase = 0;
   pack_operand(s_operand, s);
   TransactionBarrier::wait(&smem.full[0], 0);
+  seed_with_values(0);
   decay_state(smem.factors[0]);
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
     auto& operands = smem.operands[stage];
-    ChunkFactors const& factors = smem.factors[stage];
-    char* const v_panel = smem.v[stage][warpgroup];
-    if (remaining < kChunk) {  // rows past the end are another sequence's
-      cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
-      for (int row = remaining + out_row; row < kChunk; row += 16)
-        *reinterpret_cast<uint4*>(v_panel + panel_offset(row, out_unit)) = make_uint4(0, 0, 0, 0);
-      cutlass::arch::NamedBarrier::sync(128, 1 + warpgroup);
-    }
-
     // W^T = beta V^T - S^T (beta K e^G)^T, the values being the accumulator's seed
-    float w[32];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      uint32_t r[4];
-      ldmatrix_x4_trans(r, v_panel + own_offset[j]);
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        float2 const beta = *reinterpret_cast<float2 const*>(&factors.beta[8 * (2 * j + m / 2) + 2 * (lane & 3)]);
-        w[8 * j + 2 * m] = unpack_lo(r[m]) * beta.x;
-        w[8 * j + 2 * m + 1] = unpack_hi(r[m]) * beta.y;
-      }
-    }
-    float o[32];
     fence_registers(w);
     cute::warpgroup_arrive();
     wgmma_k_major<2>(w, s_operand, operands.k_decayed[0], true);
     cute::warpgroup_commit_batch();
 
-    write_out(o_packed, tokens_before);  // in the shadow of the product above
-    tokens_before = remaining;
-    remaining -= kChunk;
+    if (i > 0) hand_out(i - 1);
 
     fence_registers(o);
     cute::warpgroup_arrive();
     wgmma_k_major<1>(o, reinterpret_cast<uint32_t const(&)[16]>(s_operand[0]), operands.q_decayed[0], false);
     cute::warpgroup_commit_batch();
-
     cute::warpgroup_wait<1>();
     fence_registers(w);
-    uint32_t w_operand[16];
     pack_operand(w_operand, w);
 
     // V'^T = W^T T^T; the other half of S^T (Q e^G)^T fills the tensor cores while V' becomes an operand
-    float v_new[32];
     fence_registers(v_new);
     cute::warpgroup_arrive();
     wgmma_k_major<1>(v_new, w_operand, operands.t, false);
@@ -259,7 +286,6 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     fence_registers(v_new);
-    uint32_t v_operand[16];
     pack_operand(v_operand, v_new);
 
     // S^T += V'^T (K e^{G_end - G}),  O^T += V'^T Aqk^T
@@ -271,12 +297,14 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     cute::warpgroup_commit_batch();
 
     int const next_stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
-    if (next_stage == 0) phase ^= 1;
+    phase ^= next_stage == 0;
     TransactionBarrier::wait(&smem.full[next_stage], phase);
+    seed_with_values(next_stage);
     cute::warpgroup_wait<1>();
     fence_registers(s);
     pack_operand(s_operand, s);
-    decay_state(smem.factors[next_stage]);
+    decay_state(smem.factors[next_stage]);  // not behind the next product: ptxas would wait for that one first
+
     cute::warpgroup_wait<0>();
     fence_registers(o);
     pack_operand(o_packed, o);
@@ -284,7 +312,8 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     if (lane == 0) EmptyBarrier::arrive(&smem.empty[stage]);
     stage = next_stage;
   }
-  write_out(o_packed, tokens_before);
+
+  if (steps > 0) hand_out(steps - 1);
 
   if (end < chunks) {
     store_state(s, p.slab.carry_out + int64_t(head) * kHeadDim * kHeadDim, true, value, lane);
