@@ -12,6 +12,7 @@ namespace kda {
 namespace {
 
 constexpr int64_t kWorkspaceLimit = int64_t(256) << 20;
+constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
 
 struct Schedule {
   int slots;               // of all sequences
@@ -28,8 +29,8 @@ Schedule make_schedule(int64_t slots, int value_heads, int64_t workspace_bytes) 
   int64_t const slot_bytes = int64_t(value_heads) * kRecordBytes;
   int64_t const carry_bytes = int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float);
   int64_t slab_slots = slots;
-  if (slots * slot_bytes > workspace_bytes) {
-    int64_t const most = std::max<int64_t>(1, (workspace_bytes - 2 * carry_bytes) / slot_bytes);
+  if (slots * slot_bytes > workspace_bytes || slots > kMostSlots) {
+    int64_t const most = std::clamp<int64_t>((workspace_bytes - 2 * carry_bytes) / slot_bytes, 1, kMostSlots);
     int64_t const slabs = (slots + most - 1) / most;
     slab_slots = (slots + slabs - 1) / slabs;  // of about equal size
   }
@@ -51,23 +52,24 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// v as boxes of 64 tokens x 64 channels of one head, written to shared memory as panels.
-cudaError_t encode_values(CUtensorMap& map, PrefillParams const& p) {
+// A [B, T, heads, 128] bf16 tensor as boxes of `box_tokens` x 64 channels of one head, swizzled as panels.
+cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams const& p, int heads, int box_tokens) {
   auto const encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
+  constexpr int64_t kElement = sizeof(bf16);
   auto stride = [](int64_t elements, int64_t extent) {  // a dimension of one element may have any stride: give it a legal one
-    return static_cast<cuuint64_t>(extent > 1 ? elements * int64_t(sizeof(bf16)) : kHeadDim * int64_t(sizeof(bf16)));
+    return static_cast<cuuint64_t>((extent > 1 ? elements : kHeadDim) * kElement);
   };
-  cuuint64_t const extents[4] = {kHeadDim, cuuint64_t(p.value_heads), cuuint64_t(std::max<int64_t>(p.tokens, 1)),
-                                 cuuint64_t(p.batch)};
-  cuuint64_t const strides[3] = {stride(p.v.stride_head, p.value_heads), stride(p.v.stride_token, p.tokens),
-                                 stride(p.v.stride_batch, p.batch)};
-  cuuint32_t const box[4] = {kValueTile, 1, kChunk, 1};
+  int64_t const tokens = std::max<int64_t>(p.tokens, 1);
+  cuuint64_t const extents[4] = {kHeadDim, cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(p.batch)};
+  cuuint64_t const strides[3] = {stride(view.stride_head, heads), stride(view.stride_token, tokens),
+                                 stride(view.stride_batch, p.batch)};
+  cuuint32_t const box[4] = {64, 1, cuuint32_t(box_tokens), 1};
   cuuint32_t const element_strides[4] = {1, 1, 1, 1};
   CUresult const result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(p.v.data), extents, strides, box,
-             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(view.data), extents, strides, box,
+             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -80,8 +82,8 @@ template <Gate kGate>
 cudaError_t launch_prepare(PrepareParams const& params, int slots, cudaStream_t stream) {
   static cudaError_t const allowed = allow_shared_memory(prepare_kernel<kGate>, sizeof(PrepareSmem));
   if (allowed != cudaSuccess) return allowed;
-  prepare_kernel<kGate><<<static_cast<unsigned>(int64_t(slots) * params.value_heads), kPrepareThreads, sizeof(PrepareSmem),
-                          stream>>>(params);
+  dim3 const grid(params.value_heads, slots);  // neighbouring heads of the same tokens together, for DRAM's sake
+  prepare_kernel<kGate><<<grid, kPrepareThreads, sizeof(PrepareSmem), stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -127,14 +129,16 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   float* const carry[2] = {reinterpret_cast<float*>(workspace + schedule.records_bytes),
                            reinterpret_cast<float*>(workspace + schedule.records_bytes + schedule.carry_bytes)};
 
-  PrepareParams prepare = {p.q, p.k, p.v, p.g, p.beta, p.g_dtype == Dtype::kFp32, p.beta_dtype == Dtype::kFp32,
+  PrepareParams prepare = {{}, {}, p.g, p.beta, p.g_dtype == Dtype::kFp32, p.beta_dtype == Dtype::kFp32,
                            p.A_log, p.dt_bias, sequences, {}, p.value_heads, p.value_heads / p.heads, p.scale,
                            p.lower_bound, p.qk_l2norm, p.beta_sigmoid, p.allow_neg_eigval};
   RecurrenceParams recurrence = {{}, sequences, {}, p.value_heads, p.initial_state, p.final_state,
                                  p.initial_state_dtype == Dtype::kFp32, p.final_state_dtype == Dtype::kFp32,
                                  p.state_v_first, static_cast<bf16*>(p.out), p.out_stride_batch, p.out_stride_token,
                                  p.out_stride_head};
-  if (cudaError_t const error = encode_values(recurrence.v_map, p)) return error;
+  if (cudaError_t const error = encode_boxes(prepare.q_map, p.q, p, p.heads, kBlock)) return error;
+  if (cudaError_t const error = encode_boxes(prepare.k_map, p.k, p, p.heads, kBlock)) return error;
+  if (cudaError_t const error = encode_boxes(recurrence.v_map, p.v, p, p.value_heads, kChunk)) return error;
 
   // Two CTAs a head while that leaves no SM without work that one CTA a head would have given it.
   bool const split_values = 2 * int64_t(p.num_seqs) * p.value_heads <= sm_count();

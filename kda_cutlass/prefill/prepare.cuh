@@ -1,27 +1,31 @@
 // Prepare: everything of a chunk that does not need the state, for all chunks and heads in parallel.
 //
-// One CTA of 8 warps takes one chunk of one value head. Warp w works on the 16 tokens of block w / 2 and the 64
-// channels of half w % 2; a lane owns two neighbouring channels and walks the block's tokens, so cumulative decays
-// are running sums in registers. Every pair (i, j) of the chunk's two 64 x 64 products is factored through an anchor
+// One CTA of 16 warps takes one chunk of one value head. Warp w works on the 8 tokens of run w / 2 and the 64 channels
+// of half w % 2; a lane owns two neighbouring channels and walks the run's tokens, so cumulative decays are running
+// sums in registers. Two runs are a block of 16 tokens. Every pair (i, j) of the chunk's two 64 x 64 products is factored through an anchor
 // between i and j (DESIGN section 3), so both factors are at most 1 whatever the gate:
 //   blocks below the diagonal: row factor  a_i = exp(G_i - G_start(block i)),  column factor c_j = exp(G_end(block j) - G_j),
 //                              and for blocks further apart the decay of the blocks between, folded into one side;
-//   diagonal blocks:           anchored at token 7, with the log decay of one token clamped to -10.
+//   diagonal blocks:           anchored between the two runs, with the log decay of one token clamped to -10.
 #pragma once
+
+#include <cuda.h>
 
 #include "gate.cuh"
 #include "record.cuh"
 
 namespace kda {
 
-constexpr int kPrepareThreads = 256;
+constexpr int kRun = 8;
+constexpr int kRuns = kChunk / kRun;
+constexpr int kPrepareThreads = 2 * kRuns * 32;
 constexpr int kBlock = 16;
 constexpr int kBlocks = kChunk / kBlock;
 constexpr float kDiagonalClamp = -10.f * kLog2e;  // lets through at most e^-10, under the rounding of bf16
 
 // bf16 operand tiles of 16 tokens x 128 channels, two half panels each.
 enum OperandTile : int {
-  kDiagonalQ = 0,   // + 3 * block: row factors of q and k, column factor of k
+  kDiagonalQ = 0,   // + 3 * block: row factors of q and k, column factor of k; q and k themselves before that
   kDiagonalK = 1,
   kDiagonalCol = 2,
   kRowQ = 12,       // + block - 1: blocks 1, 2, 3; then block 3 seen across block 2
@@ -39,10 +43,11 @@ using Block = float[kBlock * kBlockPitch];
 
 struct PrepareSmem {
   alignas(1024) char operands[kOperandTiles][kTileBytes];
+  alignas(8) uint64_t loaded;           // q and k
   Block a_below[6];                     // beta_i Akk of the blocks below the diagonal, see below_index()
-  float total[kBlocks][kHeadDim];       // log2 decay of a whole block
-  float square_sum[8][32];              // per warp: 16 sums for q, 16 for k
-  float4 token_scale[8][kBlock];        // per warp and token: factor of q, of k, beta, unused
+  float total[kRuns][kHeadDim];         // log2 decay of a whole run
+  float square_sum[2 * kRuns][2 * kRun];  // per warp: sums over its channels for 8 tokens of q, then of k
+  float4 token_scale[2 * kRuns][kRun];  // per warp and token: factor of q, factor of k, -beta, unused
   float beta[kChunk];
   // Reused once the operand tiles are read: a warp's own diagonal tiles hold its fp32 blocks.
   __device__ Block& diagonal_a(int b) { return *reinterpret_cast<Block*>(operands[3 * b]); }
@@ -53,8 +58,11 @@ static_assert(sizeof(PrepareSmem) <= 113 * 1024, "two CTAs an SM");
 
 __device__ __forceinline__ int below_index(int i, int j) { return i * (i - 1) / 2 + j; }  // block (i, j), j < i
 
+constexpr uint64_t kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+
 struct PrepareParams {
-  TensorView q, k, v, g, beta;
+  CUtensorMap q_map, k_map;  // boxes of 64 channels x 16 tokens of one head, as half tiles
+  TensorView g, beta;
   bool g_is_fp32, beta_is_fp32;
   const float* A_log;
   const float* dt_bias;
@@ -174,9 +182,9 @@ __device__ __forceinline__ void invert_diagonal(Block& t, Block const& a, int la
   }
 }
 
-// Halves the tokens a lane is responsible for until one is left: lane l ends with token l % 16.
+// Halves the values a lane is responsible for until one is left: lane l ends with value l % 16.
 template <int kWidth>
-__device__ __forceinline__ void fold_tokens(float (&sum)[kBlock], int lane) {
+__device__ __forceinline__ void fold_lanes(float (&sum)[2 * kRun], int lane) {
   bool const upper = lane & kWidth;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
@@ -184,30 +192,18 @@ __device__ __forceinline__ void fold_tokens(float (&sum)[kBlock], int lane) {
     float const keep = upper ? sum[i + kWidth] : sum[i];
     sum[i] = keep + __shfl_xor_sync(0xffffffffu, give, kWidth);
   }
-  if constexpr (kWidth > 1) fold_tokens<kWidth / 2>(sum, lane);
+  if constexpr (kWidth > 1) fold_lanes<kWidth / 2>(sum, lane);
 }
-// Sum of squares over the warp's 64 channels of each of 16 tokens; lane l gets that of token l % 16.
-__device__ __forceinline__ float square_sums(uint32_t const (&pair)[kBlock], int lane) {
-  float sum[kBlock];
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
-    float const x = unpack_lo(pair[i]), y = unpack_hi(pair[i]);
-    sum[i] = x * x + y * y;
-  }
-  fold_tokens<kBlock / 2>(sum, lane);
-  return sum[0] + __shfl_xor_sync(0xffffffffu, sum[0], 16);
-}
-
-// A lane's pair of channels of a block's tokens, one token a row; zero from `tokens` on.
+// A lane's pair of channels of a run's tokens, one token a row; zero from `tokens` on.
 template <class Pair>
-__device__ __forceinline__ void load_rows(Pair (&pairs)[kBlock], void const* first, int64_t row_bytes, int tokens) {
+__device__ __forceinline__ void load_rows(Pair (&pairs)[kRun], void const* first, int64_t row_bytes, int tokens) {
   auto const* row = static_cast<char const*>(first);
-  if (tokens >= kBlock) {
+  if (tokens >= kRun) {
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i, row += row_bytes) pairs[i] = __ldcs(reinterpret_cast<Pair const*>(row));
+    for (int i = 0; i < kRun; ++i, row += row_bytes) pairs[i] = __ldcs(reinterpret_cast<Pair const*>(row));
   } else {
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i, row += row_bytes)
+    for (int i = 0; i < kRun; ++i, row += row_bytes)
       pairs[i] = i < tokens ? __ldcs(reinterpret_cast<Pair const*>(row)) : Pair{};
   }
 }
@@ -217,42 +213,51 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   extern __shared__ __align__(1024) char smem_bytes[];
   PrepareSmem& smem = *reinterpret_cast<PrepareSmem*>(smem_bytes);
   int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  int const block = warp / 2, half = warp % 2, channel = 64 * half + 2 * lane;
+  int const run = warp / 2, block = run / 2, half = warp % 2, channel = 64 * half + 2 * lane;
 
   // ---- which chunk, which head
-  int const head = blockIdx.x % p.value_heads;
-  int const slot = p.slab.begin + static_cast<int>(blockIdx.x / p.value_heads);
+  int const head = blockIdx.x, slot = p.slab.begin + static_cast<int>(blockIdx.y);
   int const seq = p.sequences.owner(slot, lane);
   int64_t const chunk_start = int64_t(slot - p.sequences.slot_base(seq)) * kChunk;
   int64_t const remaining = p.sequences.length(seq) - chunk_start;
   if (chunk_start < 0 || remaining <= 0) return;
   int const chunk_tokens = static_cast<int>(min(remaining, int64_t(kChunk)));
-  int const tokens = chunk_tokens - kBlock * block;  // of this warp's block, if positive
+  int const tokens = chunk_tokens - kRun * run;  // of this warp's run, if positive
   int const batch = p.sequences.batch(seq);
   int64_t const first_token = p.sequences.first_token(seq) + chunk_start;
   Record& record = p.slab.records[int64_t(slot - p.slab.begin) * p.value_heads + head];
 
-  // ---- load g, k and q: one pair of channels a lane and token, 128 (or 256) contiguous bytes a warp
-  auto load = [&](auto& pairs, TensorView const& view, int h, int element_bytes) {
-    int64_t const first =
-        view.stride_batch * batch + view.stride_token * (first_token + kBlock * block) + view.stride_head * h + channel;
-    load_rows(pairs, static_cast<char const*>(view.data) + first * element_bytes, view.stride_token * element_bytes,
-              tokens);
-  };
-  uint32_t q_pair[kBlock], k_pair[kBlock];
-  float2 g[kBlock];  // log2 decay a token
-  int const key_head = head / p.heads_per_key;
-  if (p.g_is_fp32) {
-    load(g, p.g, head, sizeof(float));
-    load(k_pair, p.k, key_head, sizeof(bf16));
-    load(q_pair, p.q, key_head, sizeof(bf16));
-  } else {
-    uint32_t g_pair[kBlock];
-    load(g_pair, p.g, head, sizeof(bf16));
-    load(k_pair, p.k, key_head, sizeof(bf16));
-    load(q_pair, p.q, key_head, sizeof(bf16));
+  // ---- load: q and k by TMA into the tiles that their factors will take, g by a pair of channels a lane and token
+  if (threadIdx.x == 0) {
+    TransactionBarrier::init(&smem.loaded, 1);
+    cutlass::arch::fence_barrier_init();
+    TransactionBarrier::arrive_and_expect_tx(&smem.loaded, 2 * kBlocks * kTileBytes);
+    int const key_head = head / p.heads_per_key;
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) g[i] = make_float2(unpack_lo(g_pair[i]), unpack_hi(g_pair[i]));
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int32_t const box_token = static_cast<int32_t>(first_token) + kBlock * b;
+        cute::SM90_TMA_LOAD_4D::copy(&p.q_map, &smem.loaded, kStreamed,
+                                     smem.operands[3 * b + kDiagonalQ] + h * kHalfTileBytes, 64 * h, key_head,
+                                     box_token, batch);
+        cute::SM90_TMA_LOAD_4D::copy(&p.k_map, &smem.loaded, kStreamed,
+                                     smem.operands[3 * b + kDiagonalK] + h * kHalfTileBytes, 64 * h, key_head,
+                                     box_token, batch);
+      }
+  }
+  float2 g[kRun];  // log2 decay a token
+  {
+    int64_t const first =
+        p.g.stride_batch * batch + p.g.stride_token * (first_token + kRun * run) + p.g.stride_head * head + channel;
+    if (p.g_is_fp32) {
+      load_rows(g, static_cast<float const*>(p.g.data) + first, p.g.stride_token * sizeof(float), tokens);
+    } else {
+      uint32_t g_pair[kRun];
+      load_rows(g_pair, static_cast<bf16 const*>(p.g.data) + first, p.g.stride_token * sizeof(bf16), tokens);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) g[i] = make_float2(unpack_lo(g_pair[i]), unpack_hi(g_pair[i]));
+    }
   }
 
   if (threadIdx.x < kChunk) {
@@ -277,93 +282,105 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
     LogDecay<kGate> const x_decay(rate, p.lower_bound, dt_bias.x), y_decay(rate, p.lower_bound, dt_bias.y);
     float2 total = make_float2(0.f, 0.f);
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) g[i] = make_float2(x_decay(g[i].x), y_decay(g[i].y));
-    if (tokens < kBlock) {  // past the end of the sequence the state must stand still
+    for (int i = 0; i < kRun; ++i) g[i] = make_float2(x_decay(g[i].x), y_decay(g[i].y));
+    if (tokens < kRun) {  // past the end of the sequence the state must stand still
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i)
+      for (int i = 0; i < kRun; ++i)
         if (i >= tokens) g[i] = make_float2(0.f, 0.f);
     }
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
+    for (int i = 0; i < kRun; ++i) {
       total.x += g[i].x;
       total.y += g[i].y;
     }
-    *reinterpret_cast<float2*>(&smem.total[block][channel]) = total;
+    *reinterpret_cast<float2*>(&smem.total[run][channel]) = total;
   }
 
-  // ---- norms: lane l of both warps of a block ends with the factor of q (l < 16) or k of token l % 16
+  // ---- this lane's words of the tiles and of the record
+  auto word_offset = [&](int i) { return panel_offset(i, lane >> 2) + 4 * (lane & 3); };  // its pair in row i < 8
+  char* const tile_base = smem.operands[0] + half * kHalfTileBytes + (run & 1) * kRun * kPanelRowBytes;
+  auto tile_word = [&](int tile, int i) -> uint32_t& {
+    return *reinterpret_cast<uint32_t*>(tile_base + tile * kTileBytes + word_offset(i));
+  };
+  char* const record_base = record.k_decayed[half] + run * kRun * kPanelRowBytes;
+  auto record_word = [&](size_t panels, int i) -> uint32_t& {
+    return *reinterpret_cast<uint32_t*>(record_base + panels + word_offset(i));
+  };
+  auto q_word = [&](int i) -> uint32_t& { return tile_word(3 * block + kDiagonalQ, i); };
+  auto k_word = [&](int i) -> uint32_t& { return tile_word(3 * block + kDiagonalK, i); };
+
+  // ---- norms
+  __syncthreads();  // the barrier is initialised
+  TransactionBarrier::wait(&smem.loaded, 0);
+  if (tokens < kRun) {  // the rows past the end are another sequence's
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      if (i >= tokens) q_word(i) = k_word(i) = 0;
+  }
   if (p.qk_l2norm) {
-    float const q_sum = square_sums(q_pair, lane), k_sum = square_sums(k_pair, lane);
-    smem.square_sum[warp][lane] = lane < kBlock ? q_sum : k_sum;
+    float sum[2 * kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      uint32_t const q = q_word(i), k = k_word(i);
+      sum[i] = unpack_lo(q) * unpack_lo(q) + unpack_hi(q) * unpack_hi(q);
+      sum[kRun + i] = unpack_lo(k) * unpack_lo(k) + unpack_hi(k) * unpack_hi(k);
+    }
+    fold_lanes<kRun>(sum, lane);
+    sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 16);
+    if (lane < 2 * kRun) smem.square_sum[warp][lane] = sum[0];
   }
   __syncthreads();
-  {
+  if (lane < 2 * kRun) {
     float norm = 1.f;
-    if (p.qk_l2norm) norm = rsqrtf(smem.square_sum[2 * block][lane] + smem.square_sum[2 * block + 1][lane] + 1e-6f);
-    float4& scales = smem.token_scale[warp][lane % kBlock];
-    if (lane < kBlock) {
+    if (p.qk_l2norm) norm = rsqrtf(smem.square_sum[warp][lane] + smem.square_sum[warp ^ 1][lane] + 1e-6f);
+    float4& scales = smem.token_scale[warp][lane % kRun];
+    if (lane < kRun) {
       scales.x = norm * p.scale;
-      scales.z = -smem.beta[kBlock * block + lane];
+      scales.z = -smem.beta[kRun * run + lane];
     } else {
       scales.y = norm;
     }
-    __syncwarp();
   }
+  __syncwarp();
 
-  // ---- decays of the other blocks
-  float2 prefix = make_float2(0.f, 0.f), suffix = prefix, middle = prefix;
+  // ---- decays of the other runs and blocks
+  bool const odd_run = run & 1, has_row = block > 0, is_last = block == kBlocks - 1, is_first = block == 0;
+  float2 before = make_float2(0.f, 0.f), after = before;       // of the block's other run, if it lies before or after
+  float2 prefix = before, suffix = before, middle = before;    // of the blocks before, after, and next towards the middle
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
-    float2 const total = *reinterpret_cast<float2 const*>(&smem.total[b][channel]);
-    if (b < block) prefix.x += total.x, prefix.y += total.y;
-    if (b > block) suffix.x += total.x, suffix.y += total.y;
-    if ((block == 0 && b == 1) || (block == kBlocks - 1 && b == kBlocks - 2)) middle = total;
+  for (int r = 0; r < kRuns; ++r) {
+    float2 const total = *reinterpret_cast<float2 const*>(&smem.total[r][channel]);
+    if (r / 2 < block) prefix.x += total.x, prefix.y += total.y;
+    if (r / 2 > block) suffix.x += total.x, suffix.y += total.y;
+    if (r + 1 == run && odd_run) before = total;
+    if (r == run + 1 && !odd_run) after = total;
+    if ((is_first && r / 2 == 1) || (is_last && r / 2 == kBlocks - 2)) middle.x += total.x, middle.y += total.y;
   }
-  if (block == 0) {
+  if (run == 0) {
     float2 const own = *reinterpret_cast<float2 const*>(&smem.total[0][channel]);
     *reinterpret_cast<float2*>(&record.factors.decay[ChunkFactors::index(channel)]) =
-        make_float2(exp2f(own.x + suffix.x), exp2f(own.y + suffix.y));
+        make_float2(exp2f(own.x + after.x + suffix.x), exp2f(own.y + after.y + suffix.y));
   }
   prefix = make_float2(exp2_approx(prefix.x), exp2_approx(prefix.y));
   suffix = make_float2(exp2_approx(suffix.x), exp2_approx(suffix.y));
   middle = make_float2(exp2_approx(middle.x), exp2_approx(middle.y));
 
   // ---- factors: operands of the two products to shared memory, operands of the recurrence to the record
-  uint32_t word_offset[8];  // of this lane's pair in row i % 8 of a panel
-#pragma unroll
-  for (int i = 0; i < 8; ++i) word_offset[i] = panel_offset(i, lane >> 2) + 4 * (lane & 3);
-  auto tile_word = [&](int tile, int i) -> uint32_t& {
-    return *reinterpret_cast<uint32_t*>(smem.operands[tile] + half * kHalfTileBytes + (i & 8) * kPanelRowBytes +
-                                        word_offset[i & 7]);
-  };
-  auto record_word = [&](char (&panels)[2][64 * kPanelRowBytes], int i) -> uint32_t& {
-    return *reinterpret_cast<uint32_t*>(panels[half] + (block * kBlock + (i & 8)) * kPanelRowBytes +
-                                        word_offset[i & 7]);
-  };
   auto scaled = [](uint32_t pair, float by) { return make_float2(unpack_lo(pair) * by, unpack_hi(pair) * by); };
   auto times = [](float2 a, float2 b) { return make_float2(a.x * b.x, a.y * b.y); };
   auto packed = [](float2 a) { return pack_bf16(a.x, a.y); };
-  auto store_diagonal = [&](int i, float2 q, float2 k, float2 from_middle) {
-    float2 const down = make_float2(exp2_approx(from_middle.x), exp2_approx(from_middle.y));
-    float2 const up = make_float2(exp2_approx(-from_middle.x), exp2_approx(-from_middle.y));
-    tile_word(3 * block + kDiagonalQ, i) = packed(times(q, down));
-    tile_word(3 * block + kDiagonalK, i) = packed(times(k, down));
-    tile_word(3 * block + kDiagonalCol, i) = packed(times(k, up));
-  };
-  bool const has_row = block > 0, is_last = block == kBlocks - 1, is_first = block == 0;
   {
-    float2 sum = make_float2(0.f, 0.f), from_middle = sum;
+    float2 sum = before;
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {  // decay from the block's start through token i
+    for (int i = 0; i < kRun; ++i) {  // decay from the block's start through token i
       sum.x += g[i].x;
       sum.y += g[i].y;
       float4 const scales = smem.token_scale[warp][i];
       float2 const a = make_float2(exp2_approx(sum.x), exp2_approx(sum.y));
-      float2 const q = scaled(q_pair[i], scales.x), k = scaled(k_pair[i], scales.y);
-      float2 const qa = times(q, a), ka = times(k, a);
+      float2 const qa = times(scaled(q_word(i), scales.x), a), ka = times(scaled(k_word(i), scales.y), a);
       float2 const kd = times(ka, prefix);
-      record_word(record.q_decayed, i) = packed(times(qa, prefix));
-      record_word(record.k_decayed, i) = pack_bf16(kd.x * scales.z, kd.y * scales.z);
+      record_word(offsetof(Record, q_decayed), i) = packed(times(qa, prefix));
+      record_word(offsetof(Record, k_decayed), i) = pack_bf16(kd.x * scales.z, kd.y * scales.z);
       if (has_row) {
         tile_word(kRowQ + block - 1, i) = packed(qa);
         tile_word(kRowK + block - 1, i) = packed(ka);
@@ -372,84 +389,78 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
         tile_word(kRowQ + kRowFar, i) = packed(times(qa, middle));
         tile_word(kRowK + kRowFar, i) = packed(times(ka, middle));
       }
-      if (i >= kBlock / 2) {
-        from_middle.x += fmaxf(g[i].x, kDiagonalClamp);
-        from_middle.y += fmaxf(g[i].y, kDiagonalClamp);
-        store_diagonal(i, q, k, from_middle);
-      }
     }
   }
   {
-    float2 sum = make_float2(0.f, 0.f), from_middle = sum;
+    // The clamped decay from the block's middle through token i: the odd run's tokens lie behind it, the even run's before.
+    float2 from_middle = make_float2(0.f, 0.f), sum = after;
+    if (odd_run) {
 #pragma unroll
-    for (int i = kBlock - 1; i >= 0; --i) {  // decay after token i to the block's end
+      for (int i = 0; i < kRun; ++i) {
+        from_middle.x += fmaxf(g[i].x, kDiagonalClamp);
+        from_middle.y += fmaxf(g[i].y, kDiagonalClamp);
+      }
+    }
+#pragma unroll
+    for (int i = kRun - 1; i >= 0; --i) {  // decay after token i to the block's end
       float4 const scales = smem.token_scale[warp][i];
       float2 const c = make_float2(exp2_approx(sum.x), exp2_approx(sum.y));
-      float2 const k = scaled(k_pair[i], scales.y);
+      float2 const q = scaled(q_word(i), scales.x), k = scaled(k_word(i), scales.y);
       float2 const kc = times(k, c);
-      record_word(record.k_remaining, i) = packed(times(kc, suffix));
+      record_word(offsetof(Record, k_remaining), i) = packed(times(kc, suffix));
       if (!is_last) tile_word(is_first ? kColK : kColK + 1 + block, i) = packed(kc);
       if (is_first) tile_word(kColFar, i) = packed(times(kc, middle));
-      if (i < kBlock / 2) {
-        store_diagonal(i, scaled(q_pair[i], scales.x), k, from_middle);
-        from_middle.x -= fmaxf(g[i].x, kDiagonalClamp);
-        from_middle.y -= fmaxf(g[i].y, kDiagonalClamp);
-      }
+      float2 const down = make_float2(exp2_approx(from_middle.x), exp2_approx(from_middle.y));
+      float2 const up = make_float2(exp2_approx(-from_middle.x), exp2_approx(-from_middle.y));
+      q_word(i) = packed(times(q, down));  // over q and k, which nobody reads any more
+      k_word(i) = packed(times(k, down));
+      tile_word(3 * block + kDiagonalCol, i) = packed(times(k, up));
+      from_middle.x -= fmaxf(g[i].x, kDiagonalClamp);
+      from_middle.y -= fmaxf(g[i].y, kDiagonalClamp);
       sum.x += g[i].x;
       sum.y += g[i].y;
     }
   }
   __syncthreads();
 
-  // ---- the two products: warps 0-3 a diagonal block each, warps 4-7 the six blocks below. A far block reads its row
-  // or column factor with the decay of the block between: (2, 0), (3, 0) the column, (3, 0), (3, 1) the row.
-  struct BlockPair {
-    int i, j, rows, cols;  // rows: offset from kRowQ and kRowK
-  };
-  int const job_count = warp < kBlocks ? 1 : warp < 6 ? 2 : 1;
-#pragma unroll 1
-  for (int job = 0; job < job_count; ++job) {
-    BlockPair pair;
-    if (job == 1) {
-      pair = warp == 4 ? BlockPair{3, 0, kRowFar, kColFar} : BlockPair{3, 1, kRowFar, kColK + 2};
-    } else {
-      pair = warp == 4   ? BlockPair{1, 0, 0, kColK}
-             : warp == 5 ? BlockPair{3, 2, 2, kColK + 3}
-             : warp == 6 ? BlockPair{2, 0, 1, kColFar}
-                         : BlockPair{2, 1, 1, kColK + 2};
-    }
-    bool const diagonal = warp < kBlocks;
-    if (diagonal) pair.i = pair.j = warp;
+  // ---- the two products: warps 0-3 a diagonal block each, with its inverse, warps 4-9 a block below the diagonal each.
+  // A far block reads its row or column factor with the decay of the block between: (2, 0), (3, 0) the column, (3, 0),
+  // (3, 1) the row.
+  bool const diagonal = warp < kBlocks;
+  if (warp < kBlocks + 6) {
+    int const below = warp - kBlocks;  // (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2): the order of below_index()
+    int const i = diagonal ? warp : below == 0 ? 1 : below < 3 ? 2 : 3;
+    int const j = diagonal ? warp : below - i * (i - 1) / 2;
+    int const rows = i == 3 && j < 2 ? kRowFar : i - 1;
+    int const cols = j == 0 ? (i == 1 ? kColK : kColFar) : kColK + 1 + j;
     Product q_product, k_product;
-    multiply(q_product, k_product, smem.operands[diagonal ? 3 * warp + kDiagonalQ : kRowQ + pair.rows],
-             smem.operands[diagonal ? 3 * warp + kDiagonalK : kRowK + pair.rows],
-             smem.operands[diagonal ? 3 * warp + kDiagonalCol : pair.cols], lane);
-    int const below = diagonal ? 0 : kChunk;  // rows by which the block lies below the diagonal, or enough of them
+    multiply(q_product, k_product, smem.operands[diagonal ? 3 * warp + kDiagonalQ : kRowQ + rows],
+             smem.operands[diagonal ? 3 * warp + kDiagonalK : kRowK + rows],
+             smem.operands[diagonal ? 3 * warp + kDiagonalCol : cols], lane);
+    int const shift = diagonal ? 0 : kBlock;  // every entry of the other blocks lies below the diagonal
     for_each_pair(lane, [&](int n, int e, int row, int col) {  // above the diagonal lies anything: select, never scale
-      float const beta = smem.beta[kBlock * pair.i + row];
+      float const beta = smem.beta[kBlock * i + row];
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
-        q_product.d[n][e + x] = row + below >= col + x ? q_product.d[n][e + x] : 0.f;
-        k_product.d[n][e + x] = row + below > col + x ? beta * k_product.d[n][e + x] : 0.f;
+        q_product.d[n][e + x] = row + shift >= col + x ? q_product.d[n][e + x] : 0.f;
+        k_product.d[n][e + x] = row + shift > col + x ? beta * k_product.d[n][e + x] : 0.f;
       }
     });
-    store_to_panel(record.a_qk, pair.i, pair.j, q_product, lane);
+    store_to_panel(record.a_qk, i, j, q_product, lane);
     __syncwarp();  // a diagonal warp has read its tiles, which its block overlays
-    store_block(diagonal ? smem.diagonal_a(warp) : smem.a_below[below_index(pair.i, pair.j)], k_product, lane);
-  }
-  if (warp < kBlocks) {
-    __syncwarp();
-    invert_diagonal(smem.diagonal_t(warp), smem.diagonal_a(warp), lane);
-    __syncwarp();
-    store_to_panel(record.t, warp, warp, load_block(smem.diagonal_t(warp), lane), lane);
-  } else if (warp >= 6) {  // above the diagonal
-    Product const zero;
-#pragma unroll
-    for (int n = 0; n < 3; ++n) {
-      int const i = warp == 6 ? 0 : n < 2 ? 1 : 2, j = warp == 6 ? n + 1 : n < 2 ? n + 2 : 3;
-      store_to_panel(record.t, i, j, zero, lane);
-      store_to_panel(record.a_qk, i, j, zero, lane);
+    store_block(diagonal ? smem.diagonal_a(warp) : smem.a_below[below], k_product, lane);
+    if (diagonal) {
+      __syncwarp();
+      invert_diagonal(smem.diagonal_t(warp), smem.diagonal_a(warp), lane);
+      __syncwarp();
+      store_to_panel(record.t, warp, warp, load_block(smem.diagonal_t(warp), lane), lane);
     }
+  } else {  // above the diagonal, where both are zero: (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)
+    int const above = warp - kBlocks - 6;
+    int const i = above < 3 ? 0 : above < 5 ? 1 : 2, j = above < 3 ? above + 1 : above < 5 ? above - 1 : 3;
+    Product const zero;
+    store_to_panel(record.t, i, j, zero, lane);
+    store_to_panel(record.a_qk, i, j, zero, lane);
   }
   __syncthreads();
 
