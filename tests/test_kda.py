@@ -310,6 +310,22 @@ def test_batch_invariance(kernel, p, monkeypatch, how):
     assert torch.equal(state_rows, state[[0, 2, 4]]) and torch.equal(o_rows[1], o[0, 107:207])
 
 
+def test_batch_invariance_shares_no_product(kernel):
+    """On the PyTorch path sequences of one length share batched products, unless their bits shall not depend on it."""
+    for lengths in (None, [70, 70, 70]):
+        args = make(PROFILES[0], B=1 if lengths else 3, T=70, lengths=lengths)
+        sizes = []
+        for batch_invariant in (False, True):
+            tensors = {n: args.get(n) for n in ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens")}
+            none = dict.fromkeys(("initial_state", "scale", "lower_bound"))
+            flags = {n: args.get(n, False) for n in args if n.startswith("use_")}
+            call = kernel.contract.check_call(
+                **tensors, **none, **flags, allow_neg_eigval=False, state_v_first=False, batch_invariant=batch_invariant
+            )
+            sizes.append([group.size for group, _ in kernel.reference.chunked._plan(call)])
+        assert sizes == [[3], [1, 1, 1]]
+
+
 def test_state_carries_a_sequence_on(kernel, p):
     """Two calls joined by the state are one call."""
     args = make(p, T=150, gate="given")
