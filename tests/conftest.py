@@ -22,6 +22,8 @@ def pytest_configure(config):
         subprocess.run(
             [sys.executable, ROOT / "tools" / "build.py", "--backend", "cpu"], check=True, stdout=subprocess.DEVNULL
         )
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)  # workers share the cores: thread pools of each would wait for one another
 
 
 def pytest_collection_modifyitems(items):
