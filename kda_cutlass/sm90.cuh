@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include <cuda_bf16.h>
@@ -19,6 +20,16 @@ namespace kda {
 using bf16 = __nv_bfloat16;
 using TransactionBarrier = cutlass::arch::ClusterTransactionBarrier;
 using EmptyBarrier = cutlass::arch::ClusterBarrier;
+
+// f(constant 0), ..., f(constant kCount - 1)
+template <class F, int... I>
+__device__ __forceinline__ void static_for_impl(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int kCount, class F>
+__device__ __forceinline__ void static_for(F&& f) {
+  static_for_impl(f, std::make_integer_sequence<int, kCount>{});
+}
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
@@ -60,6 +71,23 @@ constexpr int kPanelRowBytes = 128;
 
 __device__ __forceinline__ uint32_t panel_offset(int row, int unit) {
   return row * kPanelRowBytes + ((unit ^ (row & 7)) << 4);
+}
+
+// A 4-byte word at a shared-memory address plus a constant, for addresses that the compiler would not know as shared.
+template <int kOffset>
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(word) : "r"(address), "n"(kOffset) : "memory");
+  return word;
+}
+template <int kOffset>
+__device__ __forceinline__ void store_word(uint32_t address, uint32_t word) {
+  asm volatile("st.shared.b32 [%0 + %1], %2;" : : "r"(address), "n"(kOffset), "r"(word) : "memory");
+}
+
+template <int kOffset>
+__device__ __forceinline__ void store_word_global(uint64_t address, uint32_t word) {
+  asm volatile("st.global.b32 [%0 + %1], %2;" : : "l"(address), "n"(kOffset), "r"(word) : "memory");
 }
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], void const* smem) {

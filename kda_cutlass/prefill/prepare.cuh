@@ -23,37 +23,38 @@ constexpr int kBlock = 16;
 constexpr int kBlocks = kChunk / kBlock;
 constexpr float kDiagonalClamp = -10.f * kLog2e;  // lets through at most e^-10, under the rounding of bf16
 
-// bf16 operand tiles of 16 tokens x 128 channels, two half panels each.
-enum OperandTile : int {
-  kDiagonalQ = 0,   // + 3 * block: row factors of q and k, column factor of k; q and k themselves before that
-  kDiagonalK = 1,
-  kDiagonalCol = 2,
-  kRowQ = 12,       // + block - 1: blocks 1, 2, 3; then block 3 seen across block 2
-  kRowK = 16,
-  kColK = 20,       // block 0, block 0 seen across block 1, block 1, block 2
-  kOperandTiles = 24
+// bf16 operands, each of four tiles of 16 tokens x 128 channels, as two panels of 64 channels.
+enum Operand : int {
+  kDiagonalQ,    // tiles: the blocks. Row factors of q and k, column factor of k; first q and k themselves
+  kDiagonalK,
+  kDiagonalCol,
+  kRowQ,         // tiles: blocks 1, 2, 3 and block 3 seen across block 2
+  kRowK,
+  kColK,         // tiles: block 0, block 0 seen across block 1, blocks 1 and 2
+  kOperands
 };
-constexpr int kRowFar = 3;   // kRowQ + kRowFar, kRowK + kRowFar
-constexpr int kColFar = kColK + 1;
-constexpr int kTileBytes = kBlock * kHeadDim * 2;
-constexpr int kHalfTileBytes = kTileBytes / 2;
+constexpr int kRowFar = 3, kColFar = 1;
+constexpr int kTileBytes = kBlock * kPanelRowBytes;     // of one panel
+constexpr int kPanelBytes = kChunk * kPanelRowBytes;
+constexpr int kOperandBytes = 2 * kPanelBytes;
 
 constexpr int kBlockPitch = 20;  // floats a row of an fp32 16 x 16 block: rows fall into different banks
 using Block = float[kBlock * kBlockPitch];
 
 struct PrepareSmem {
-  alignas(1024) char operands[kOperandTiles][kTileBytes];
+  alignas(1024) char operands[kOperands][2][kPanelBytes];
   alignas(8) uint64_t loaded;           // q and k
   Block a_below[6];                     // beta_i Akk of the blocks below the diagonal, see below_index()
   float total[kRuns][kHeadDim];         // log2 decay of a whole run
-  float square_sum[2 * kRuns][2 * kRun];  // per warp: sums over its channels for 8 tokens of q, then of k
-  float4 token_scale[2 * kRuns][kRun];  // per warp and token: factor of q, factor of k, -beta, unused
+  float square_sum[2][kChunk];          // of q and of k, per token
+  float4 token_scale[kChunk];           // factor of q, factor of k, beta times that, unused
   float beta[kChunk];
-  // Reused once the operand tiles are read: a warp's own diagonal tiles hold its fp32 blocks.
-  __device__ Block& diagonal_a(int b) { return *reinterpret_cast<Block*>(operands[3 * b]); }
-  __device__ Block& diagonal_t(int b) { return *reinterpret_cast<Block*>(operands[3 * b] + sizeof(Block)); }
-  __device__ Block& merged_t(int p) { return *reinterpret_cast<Block*>(operands[3 * p + 1]); }
+  // Reused once their operand tiles are read, the diagonal ones by the warp that read them.
+  __device__ Block& diagonal_a(int b) { return *reinterpret_cast<Block*>(operands[kDiagonalQ][0] + b * kTileBytes); }
+  __device__ Block& diagonal_t(int b) { return *reinterpret_cast<Block*>(operands[kDiagonalQ][1] + b * kTileBytes); }
+  __device__ Block& merged_t(int p) { return *reinterpret_cast<Block*>(operands[kDiagonalK][0] + p * kTileBytes); }
 };
+static_assert(sizeof(Block) <= kTileBytes);
 static_assert(sizeof(PrepareSmem) <= 113 * 1024, "two CTAs an SM");
 
 __device__ __forceinline__ int below_index(int i, int j) { return i * (i - 1) / 2 + j; }  // block (i, j), j < i
@@ -61,7 +62,7 @@ __device__ __forceinline__ int below_index(int i, int j) { return i * (i - 1) / 
 constexpr uint64_t kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
 struct PrepareParams {
-  CUtensorMap q_map, k_map;  // boxes of 64 channels x 16 tokens of one head, as half tiles
+  CUtensorMap q_map, k_map;  // boxes of 64 channels x 64 tokens of one head, as panels
   TensorView g, beta;
   bool g_is_fp32, beta_is_fp32;
   const float* A_log;
@@ -82,7 +83,7 @@ __device__ __forceinline__ void multiply(Product& q_out, Product& k_out, char co
   int const matrix = lane >> 3, row = lane & 7;
 #pragma unroll
   for (int s = 0; s < kHeadDim / 16; ++s) {
-    int const half = (s >> 2) * kHalfTileBytes, unit = 2 * (s & 3);
+    int const half = (s >> 2) * kPanelBytes, unit = 2 * (s & 3);
     int const a_offset = half + panel_offset((matrix & 1) * 8 + row, unit + (matrix >> 1));
     uint32_t a[4], b[4];
     ldmatrix_x4(b, cols + half + panel_offset((matrix >> 1) * 8 + row, unit + (matrix & 1)));
@@ -182,18 +183,26 @@ __device__ __forceinline__ void invert_diagonal(Block& t, Block const& a, int la
   }
 }
 
-// Halves the values a lane is responsible for until one is left: lane l ends with value l % 16.
-template <int kWidth>
-__device__ __forceinline__ void fold_lanes(float (&sum)[2 * kRun], int lane) {
-  bool const upper = lane & kWidth;
+// Squares summed over the channels for 16 tokens: the diagonal of the tile's product with itself.
+__device__ __forceinline__ void store_square_sums(float* sums, char const* tile, int lane) {
+  int const matrix = lane >> 3, row = lane & 7;
+  Product product;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    float const give = upper ? sum[i] : sum[i + kWidth];
-    float const keep = upper ? sum[i + kWidth] : sum[i];
-    sum[i] = keep + __shfl_xor_sync(0xffffffffu, give, kWidth);
+  for (int s = 0; s < kHeadDim / 16; ++s) {
+    int const half = (s >> 2) * kPanelBytes, unit = 2 * (s & 3);
+    uint32_t a[4], b[4];
+    ldmatrix_x4(a, tile + half + panel_offset((matrix & 1) * 8 + row, unit + (matrix >> 1)));
+    ldmatrix_x4(b, tile + half + panel_offset((matrix >> 1) * 8 + row, unit + (matrix & 1)));
+    mma_bf16(product.d[0], a, b[0], b[1]);
+    mma_bf16(product.d[1], a, b[2], b[3]);
   }
-  if constexpr (kWidth > 1) fold_lanes<kWidth / 2>(sum, lane);
+  int const diagonal = lane >> 2;
+  if ((lane & 3) == diagonal >> 1) {
+    sums[diagonal] = product.d[0][diagonal & 1];
+    sums[8 + diagonal] = product.d[1][2 + (diagonal & 1)];
+  }
 }
+
 // A lane's pair of channels of a run's tokens, one token a row; zero from `tokens` on.
 template <class Pair>
 __device__ __forceinline__ void load_rows(Pair (&pairs)[kRun], void const* first, int64_t row_bytes, int tokens) {
@@ -225,26 +234,21 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   int const tokens = chunk_tokens - kRun * run;  // of this warp's run, if positive
   int const batch = p.sequences.batch(seq);
   int64_t const first_token = p.sequences.first_token(seq) + chunk_start;
-  Record& record = p.slab.records[int64_t(slot - p.slab.begin) * p.value_heads + head];
+  Record& record = p.slab.records[int64_t(blockIdx.y) * p.value_heads + head];
 
-  // ---- load: q and k by TMA into the tiles that their factors will take, g by a pair of channels a lane and token
+  // ---- load: q and k by TMA to where their diagonal factors will lie, g by a pair of channels a lane and token
   if (threadIdx.x == 0) {
     TransactionBarrier::init(&smem.loaded, 1);
     cutlass::arch::fence_barrier_init();
-    TransactionBarrier::arrive_and_expect_tx(&smem.loaded, 2 * kBlocks * kTileBytes);
+    TransactionBarrier::arrive_and_expect_tx(&smem.loaded, 2 * kOperandBytes);
     int const key_head = head / p.heads_per_key;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int32_t const box_token = static_cast<int32_t>(first_token) + kBlock * b;
-        cute::SM90_TMA_LOAD_4D::copy(&p.q_map, &smem.loaded, kStreamed,
-                                     smem.operands[3 * b + kDiagonalQ] + h * kHalfTileBytes, 64 * h, key_head,
-                                     box_token, batch);
-        cute::SM90_TMA_LOAD_4D::copy(&p.k_map, &smem.loaded, kStreamed,
-                                     smem.operands[3 * b + kDiagonalK] + h * kHalfTileBytes, 64 * h, key_head,
-                                     box_token, batch);
-      }
+    for (int h = 0; h < 2; ++h) {
+      cute::SM90_TMA_LOAD_4D::copy(&p.k_map, &smem.loaded, kStreamed, smem.operands[kDiagonalK][h], 64 * h, key_head,
+                                   static_cast<int32_t>(first_token), batch);
+      cute::SM90_TMA_LOAD_4D::copy(&p.q_map, &smem.loaded, kStreamed, smem.operands[kDiagonalQ][h], 64 * h, key_head,
+                                   static_cast<int32_t>(first_token), batch);
+    }
   }
   float2 g[kRun];  // log2 decay a token
   {
@@ -296,52 +300,23 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
     *reinterpret_cast<float2*>(&smem.total[run][channel]) = total;
   }
 
-  // ---- this lane's words of the tiles and of the record
-  auto word_offset = [&](int i) { return panel_offset(i, lane >> 2) + 4 * (lane & 3); };  // its pair in row i < 8
-  char* const tile_base = smem.operands[0] + half * kHalfTileBytes + (run & 1) * kRun * kPanelRowBytes;
-  auto tile_word = [&](int tile, int i) -> uint32_t& {
-    return *reinterpret_cast<uint32_t*>(tile_base + tile * kTileBytes + word_offset(i));
-  };
-  char* const record_base = record.k_decayed[half] + run * kRun * kPanelRowBytes;
-  auto record_word = [&](size_t panels, int i) -> uint32_t& {
-    return *reinterpret_cast<uint32_t*>(record_base + panels + word_offset(i));
-  };
-  auto q_word = [&](int i) -> uint32_t& { return tile_word(3 * block + kDiagonalQ, i); };
-  auto k_word = [&](int i) -> uint32_t& { return tile_word(3 * block + kDiagonalK, i); };
+  __syncthreads();
 
   // ---- norms
-  __syncthreads();  // the barrier is initialised
   TransactionBarrier::wait(&smem.loaded, 0);
-  if (tokens < kRun) {  // the rows past the end are another sequence's
-#pragma unroll
-    for (int i = 0; i < kRun; ++i)
-      if (i >= tokens) q_word(i) = k_word(i) = 0;
-  }
-  if (p.qk_l2norm) {
-    float sum[2 * kRun];
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      uint32_t const q = q_word(i), k = k_word(i);
-      sum[i] = unpack_lo(q) * unpack_lo(q) + unpack_hi(q) * unpack_hi(q);
-      sum[kRun + i] = unpack_lo(k) * unpack_lo(k) + unpack_hi(k) * unpack_hi(k);
+  if (p.qk_l2norm && warp < 2 * kBlocks)
+    store_square_sums(&smem.square_sum[warp % 2][kBlock * (warp / 2)],
+                      smem.operands[warp % 2 == 0 ? kDiagonalQ : kDiagonalK][0] + warp / 2 * kTileBytes, lane);
+  __syncthreads();
+  if (threadIdx.x < kChunk) {
+    float q_scale = 1.f, k_scale = 1.f;
+    if (p.qk_l2norm && threadIdx.x < chunk_tokens) {
+      q_scale = rsqrtf(smem.square_sum[0][threadIdx.x] + 1e-6f);
+      k_scale = rsqrtf(smem.square_sum[1][threadIdx.x] + 1e-6f);
     }
-    fold_lanes<kRun>(sum, lane);
-    sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 16);
-    if (lane < 2 * kRun) smem.square_sum[warp][lane] = sum[0];
+    smem.token_scale[threadIdx.x] = make_float4(q_scale * p.scale, k_scale, k_scale * smem.beta[threadIdx.x], 0.f);
   }
   __syncthreads();
-  if (lane < 2 * kRun) {
-    float norm = 1.f;
-    if (p.qk_l2norm) norm = rsqrtf(smem.square_sum[warp][lane] + smem.square_sum[warp ^ 1][lane] + 1e-6f);
-    float4& scales = smem.token_scale[warp][lane % kRun];
-    if (lane < kRun) {
-      scales.x = norm * p.scale;
-      scales.z = -smem.beta[kRun * run + lane];
-    } else {
-      scales.y = norm;
-    }
-  }
-  __syncwarp();
 
   // ---- decays of the other runs and blocks
   bool const odd_run = run & 1, has_row = block > 0, is_last = block == kBlocks - 1, is_first = block == 0;
@@ -365,61 +340,81 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   suffix = make_float2(exp2_approx(suffix.x), exp2_approx(suffix.y));
   middle = make_float2(exp2_approx(middle.x), exp2_approx(middle.y));
 
-  // ---- factors: operands of the two products to shared memory, operands of the recurrence to the record
-  auto scaled = [](uint32_t pair, float by) { return make_float2(unpack_lo(pair) * by, unpack_hi(pair) * by); };
+  // ---- factors: operands of the two products to shared memory, operands of the recurrence to the record. This lane's
+  // word of row i lies at (base ^ 16 i) + 128 i, the swizzle of a panel, for a base that holds the lane's own unit.
+  uint32_t const lane_word = (lane >> 2) << 4 | (lane & 3) << 2;
+  uint32_t const first_tile =
+      cute::cast_smem_ptr_to_uint(smem.operands) + half * kPanelBytes + (run & 1) * kRun * kPanelRowBytes + lane_word;
+  uint32_t const own_tile = first_tile + block * kTileBytes;
+  uint32_t const row_tile = first_tile + (block - 1) * kTileBytes + kRowQ * kOperandBytes;
+  uint32_t const col_tile = first_tile + (is_first ? 0 : 1 + block) * kTileBytes + kColK * kOperandBytes;
+  uint64_t const record_word =
+      reinterpret_cast<uint64_t>(record.k_decayed[half]) + run * kRun * kPanelRowBytes + lane_word;
+  if (tokens < kRun) {  // the rows past the end are another sequence's
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      if (i >= tokens) {
+        uint32_t const word = (own_tile ^ i << 4) + i * kPanelRowBytes;
+        store_word<kDiagonalQ * kOperandBytes>(word, 0);
+        store_word<kDiagonalK * kOperandBytes>(word, 0);
+      }
+  }
   auto times = [](float2 a, float2 b) { return make_float2(a.x * b.x, a.y * b.y); };
+  auto scaled = [](float2 a, float by) { return pack_bf16(a.x * by, a.y * by); };
   auto packed = [](float2 a) { return pack_bf16(a.x, a.y); };
+  auto unpacked = [](uint32_t pair) { return make_float2(unpack_lo(pair), unpack_hi(pair)); };
+  auto exp2_pair = [](float2 a) { return make_float2(exp2_approx(a.x), exp2_approx(a.y)); };
+  auto add = [](float2& a, float2 b) { a.x += b.x, a.y += b.y; };
+  auto clamped = [](float2 a) { return make_float2(fmaxf(a.x, kDiagonalClamp), fmaxf(a.y, kDiagonalClamp)); };
   {
     float2 sum = before;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {  // decay from the block's start through token i
-      sum.x += g[i].x;
-      sum.y += g[i].y;
-      float4 const scales = smem.token_scale[warp][i];
-      float2 const a = make_float2(exp2_approx(sum.x), exp2_approx(sum.y));
-      float2 const qa = times(scaled(q_word(i), scales.x), a), ka = times(scaled(k_word(i), scales.y), a);
-      float2 const kd = times(ka, prefix);
-      record_word(offsetof(Record, q_decayed), i) = packed(times(qa, prefix));
-      record_word(offsetof(Record, k_decayed), i) = pack_bf16(kd.x * scales.z, kd.y * scales.z);
+    static_for<kRun>([&](auto index) {  // decay from the block's start through token i
+      constexpr int i = index.value, kRow = i * kPanelRowBytes;
+      add(sum, g[i]);
+      float4 const scales = smem.token_scale[kRun * run + i];
+      float2 const a = exp2_pair(sum);
+      uint32_t const word = own_tile ^ i << 4;
+      float2 const qa = times(unpacked(load_word<kDiagonalQ * kOperandBytes + kRow>(word)), a);
+      float2 const ka = times(unpacked(load_word<kDiagonalK * kOperandBytes + kRow>(word)), a);
+      uint64_t const out = record_word ^ i << 4;
+      store_word_global<offsetof(Record, q_decayed) + kRow>(out, scaled(times(qa, prefix), scales.x));
+      store_word_global<offsetof(Record, k_decayed) + kRow>(out, scaled(times(ka, prefix), -scales.z));
       if (has_row) {
-        tile_word(kRowQ + block - 1, i) = packed(qa);
-        tile_word(kRowK + block - 1, i) = packed(ka);
+        store_word<kRow>(row_tile ^ i << 4, packed(qa));
+        store_word<kRow + (kRowK - kRowQ) * kOperandBytes>(row_tile ^ i << 4, packed(ka));
       }
       if (is_last) {
-        tile_word(kRowQ + kRowFar, i) = packed(times(qa, middle));
-        tile_word(kRowK + kRowFar, i) = packed(times(ka, middle));
+        store_word<kRow + kRowQ * kOperandBytes + kRowFar * kTileBytes>(first_tile ^ i << 4, packed(times(qa, middle)));
+        store_word<kRow + kRowK * kOperandBytes + kRowFar * kTileBytes>(first_tile ^ i << 4, packed(times(ka, middle)));
       }
-    }
+    });
   }
   {
     // The clamped decay from the block's middle through token i: the odd run's tokens lie behind it, the even run's before.
     float2 from_middle = make_float2(0.f, 0.f), sum = after;
     if (odd_run) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        from_middle.x += fmaxf(g[i].x, kDiagonalClamp);
-        from_middle.y += fmaxf(g[i].y, kDiagonalClamp);
-      }
+      for (int i = 0; i < kRun; ++i) add(from_middle, clamped(g[i]));
     }
-#pragma unroll
-    for (int i = kRun - 1; i >= 0; --i) {  // decay after token i to the block's end
-      float4 const scales = smem.token_scale[warp][i];
-      float2 const c = make_float2(exp2_approx(sum.x), exp2_approx(sum.y));
-      float2 const q = scaled(q_word(i), scales.x), k = scaled(k_word(i), scales.y);
-      float2 const kc = times(k, c);
-      record_word(offsetof(Record, k_remaining), i) = packed(times(kc, suffix));
-      if (!is_last) tile_word(is_first ? kColK : kColK + 1 + block, i) = packed(kc);
-      if (is_first) tile_word(kColFar, i) = packed(times(kc, middle));
-      float2 const down = make_float2(exp2_approx(from_middle.x), exp2_approx(from_middle.y));
-      float2 const up = make_float2(exp2_approx(-from_middle.x), exp2_approx(-from_middle.y));
-      q_word(i) = packed(times(q, down));  // over q and k, which nobody reads any more
-      k_word(i) = packed(times(k, down));
-      tile_word(3 * block + kDiagonalCol, i) = packed(times(k, up));
-      from_middle.x -= fmaxf(g[i].x, kDiagonalClamp);
-      from_middle.y -= fmaxf(g[i].y, kDiagonalClamp);
-      sum.x += g[i].x;
-      sum.y += g[i].y;
-    }
+    static_for<kRun>([&](auto index) {  // decay after token i to the block's end
+      constexpr int i = kRun - 1 - index.value, kRow = i * kPanelRowBytes;
+      uint32_t const word = own_tile ^ i << 4;
+      float2 const q = unpacked(load_word<kDiagonalQ * kOperandBytes + kRow>(word));
+      float2 const k = unpacked(load_word<kDiagonalK * kOperandBytes + kRow>(word));
+      float2 const kc = times(k, exp2_pair(sum));
+      uint64_t const out = record_word ^ i << 4;
+      store_word_global<offsetof(Record, k_remaining) + kRow>(
+          out, scaled(times(kc, suffix), smem.token_scale[kRun * run + i].y));
+      if (!is_last) store_word<kRow>(col_tile ^ i << 4, packed(kc));
+      if (is_first) store_word<kRow + kColK * kOperandBytes + kColFar * kTileBytes>(first_tile ^ i << 4, packed(times(kc, middle)));
+      float2 const down = exp2_pair(from_middle), up = exp2_pair(make_float2(-from_middle.x, -from_middle.y));
+      store_word<kDiagonalQ * kOperandBytes + kRow>(word, packed(times(q, down)));  // over q and k, read for the last time
+      store_word<kDiagonalK * kOperandBytes + kRow>(word, packed(times(k, down)));
+      store_word<kDiagonalCol * kOperandBytes + kRow>(word, packed(times(k, up)));
+      float2 const own = clamped(g[i]);
+      add(from_middle, make_float2(-own.x, -own.y));
+      add(sum, g[i]);
+    });
   }
   __syncthreads();
 
@@ -431,19 +426,20 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
     int const below = warp - kBlocks;  // (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2): the order of below_index()
     int const i = diagonal ? warp : below == 0 ? 1 : below < 3 ? 2 : 3;
     int const j = diagonal ? warp : below - i * (i - 1) / 2;
-    int const rows = i == 3 && j < 2 ? kRowFar : i - 1;
-    int const cols = j == 0 ? (i == 1 ? kColK : kColFar) : kColK + 1 + j;
+    int const rows = diagonal ? i : i == 3 && j < 2 ? kRowFar : i - 1;
+    int const cols = diagonal ? i : j > 0 ? 1 + j : i == 1 ? 0 : kColFar;
     Product q_product, k_product;
-    multiply(q_product, k_product, smem.operands[diagonal ? 3 * warp + kDiagonalQ : kRowQ + rows],
-             smem.operands[diagonal ? 3 * warp + kDiagonalK : kRowK + rows],
-             smem.operands[diagonal ? 3 * warp + kDiagonalCol : cols], lane);
+    multiply(q_product, k_product, smem.operands[diagonal ? kDiagonalQ : kRowQ][0] + rows * kTileBytes,
+             smem.operands[diagonal ? kDiagonalK : kRowK][0] + rows * kTileBytes,
+             smem.operands[diagonal ? kDiagonalCol : kColK][0] + cols * kTileBytes, lane);
     int const shift = diagonal ? 0 : kBlock;  // every entry of the other blocks lies below the diagonal
     for_each_pair(lane, [&](int n, int e, int row, int col) {  // above the diagonal lies anything: select, never scale
-      float const beta = smem.beta[kBlock * i + row];
+      float4 const scales = smem.token_scale[kBlock * i + row];
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
-        q_product.d[n][e + x] = row + shift >= col + x ? q_product.d[n][e + x] : 0.f;
-        k_product.d[n][e + x] = row + shift > col + x ? beta * k_product.d[n][e + x] : 0.f;
+        float const k_scale = smem.token_scale[kBlock * j + col + x].y;
+        q_product.d[n][e + x] = row + shift >= col + x ? scales.x * k_scale * q_product.d[n][e + x] : 0.f;
+        k_product.d[n][e + x] = row + shift > col + x ? scales.z * k_scale * k_product.d[n][e + x] : 0.f;
       }
     });
     store_to_panel(record.a_qk, i, j, q_product, lane);

@@ -56,6 +56,7 @@ struct Sequences {
 
   // The sequence that owns `slot`, found by a whole warp: 32 probes a step.
   __device__ __forceinline__ int owner(int slot, int lane) const {
+    if (num_seqs == 1) return 0;
     if (!packed()) return slot / chunks_per_seq;
     int lo = 0, hi = num_seqs;
     while (hi - lo > 1) {
