@@ -64,6 +64,13 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return y;
 }
 
+// ---- kernels that overlap ----------------------------------------------------------------------------------------
+// A kernel launched to overlap starts once every CTA of the kernel before it in the stream has called
+// let_next_kernel_start() or ended. wait_for_previous_kernel() returns when that kernel has ended and its writes are
+// visible.
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---- shared-memory tiles ---------------------------------------------------------------------------------------
 // A panel is rows of 64 bf16 (128 bytes) with the 128-byte swizzle of TMA and WGMMA: 16-byte unit u of row r lies at
 // unit u ^ (r % 8). The panel starts at a multiple of 1024 bytes.

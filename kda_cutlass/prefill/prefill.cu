@@ -12,29 +12,44 @@ namespace kda {
 namespace {
 
 constexpr int64_t kWorkspaceLimit = int64_t(256) << 20;
+constexpr int64_t kLeastSlab = 64;    // slots, below which a slab is not worth its launches
 constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
 
+// The chunks of a call go through the workspace in slabs: prepare fills one, recurrence empties it. With two buffers the
+// prepare of a slab runs beside the recurrence of the one before, on the SMs that it leaves free.
 struct Schedule {
-  int slots;               // of all sequences
-  int slab_slots;          // of one launch pair
-  int64_t records_bytes;   // of one slab
-  int64_t carry_bytes;     // of one carry buffer; two are needed when there is more than one slab
+  int slots;                // of all sequences
+  int slab_slots;           // of one pair of launches
+  int buffers;              // slabs that lie in the workspace at a time
+  bool split_values;        // two CTAs a head in the recurrence
+  int64_t records_bytes;    // of one slab
+  int64_t carry_bytes;      // of the states of all heads that one slab hands to the next; two of them, used in turn
 };
 
 int64_t slot_count(int64_t tokens, int batch, int num_seqs, bool packed) {
   return packed ? tokens / kChunk + num_seqs : batch * ((tokens + kChunk - 1) / kChunk);
 }
+int64_t slot_bytes(int value_heads) { return int64_t(value_heads) * kRecordBytes; }
+int64_t carry_bytes(int value_heads) { return int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float); }
 
-Schedule make_schedule(int64_t slots, int value_heads, int64_t workspace_bytes) {
-  int64_t const slot_bytes = int64_t(value_heads) * kRecordBytes;
-  int64_t const carry_bytes = int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float);
-  int64_t slab_slots = slots;
-  if (slots * slot_bytes > workspace_bytes || slots > kMostSlots) {
-    int64_t const most = std::clamp<int64_t>((workspace_bytes - 2 * carry_bytes) / slot_bytes, 1, kMostSlots);
-    int64_t const slabs = (slots + most - 1) / most;
-    slab_slots = (slots + slabs - 1) / slabs;  // of about equal size
-  }
-  return {static_cast<int>(slots), static_cast<int>(slab_slots), slab_slots * slot_bytes, carry_bytes};
+Schedule make_schedule(int64_t slots, int num_seqs, int value_heads, int64_t workspace_bytes, int sms) {
+  int64_t const capacity =
+      std::max<int64_t>((workspace_bytes - 2 * carry_bytes(value_heads)) / slot_bytes(value_heads), 1);
+  auto slabs_of = [&](int64_t most) { return std::max<int64_t>((slots + most - 1) / most, 1); };
+  // Sequences and heads that a slab holds, when it holds as many sequences as its share of all slots.
+  auto chains_of = [&](int64_t slabs) { return (num_seqs + slabs - 1) / slabs * value_heads; };
+  // Two CTAs a head while that leaves no SM without work that one CTA a head would have given it.
+  auto split = [&](int64_t chains) { return 2 * chains <= sms; };
+
+  int64_t slabs = slabs_of(std::min(capacity, kMostSlots));
+  int64_t const ctas = chains_of(slabs) * (split(chains_of(slabs)) ? 2 : 1);
+  // Two buffers, where the recurrence leaves a quarter of the SMs free; slabs smaller than half of all chunks gain
+  // nothing more (docs/kernel-notes.md).
+  int const buffers = slots > kLeastSlab && capacity > 1 && 4 * ctas < 3 * sms ? 2 : 1;
+  if (buffers == 2) slabs = slabs_of(std::min({std::max(kLeastSlab, slots / 2), capacity / 2, kMostSlots}));
+  int64_t const slab_slots = (slots + slabs - 1) / slabs;  // of about equal size
+  return {static_cast<int>(slots), static_cast<int>(slab_slots), buffers, split(chains_of(slabs)),
+          slab_slots * slot_bytes(value_heads), carry_bytes(value_heads)};
 }
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
@@ -78,13 +93,29 @@ cudaError_t allow_shared_memory(Kernel kernel, size_t bytes) {  // once a kernel
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
+// With `overlap` the kernel starts once all CTAs of the one before it in the stream have let it (sm90.cuh).
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t smem_bytes, bool overlap, Params const& params,
+                   cudaStream_t stream) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
 template <Gate kGate>
-cudaError_t launch_prepare(PrepareParams const& params, int slots, cudaStream_t stream) {
+cudaError_t launch_prepare(PrepareParams const& params, bool overlap, cudaStream_t stream) {
   static cudaError_t const allowed = allow_shared_memory(prepare_kernel<kGate>, sizeof(PrepareSmem));
   if (allowed != cudaSuccess) return allowed;
-  dim3 const grid(params.value_heads, slots);  // neighbouring heads of the same tokens together, for DRAM's sake
-  prepare_kernel<kGate><<<grid, kPrepareThreads, sizeof(PrepareSmem), stream>>>(params);
-  return cudaGetLastError();
+  dim3 const grid(params.value_heads, params.slab.end - params.slab.begin);  // neighbouring heads together, for DRAM's sake
+  return launch(prepare_kernel<kGate>, grid, kPrepareThreads, sizeof(PrepareSmem), overlap, params, stream);
 }
 
 template <int kWarpgroups>
@@ -94,9 +125,8 @@ cudaError_t launch_recurrence(RecurrenceParams const& params, cudaStream_t strea
   static_assert(kSmem <= 227 * 1024);
   static cudaError_t const allowed = allow_shared_memory(recurrence_kernel<kWarpgroups>, kSmem);
   if (allowed != cudaSuccess) return allowed;
-  int64_t const ctas = int64_t(params.sequences.num_seqs) * params.value_heads * Shape::kSlices;
-  recurrence_kernel<kWarpgroups><<<static_cast<unsigned>(ctas), Shape::kThreads, kSmem, stream>>>(params);
-  return cudaGetLastError();
+  dim3 const grid(static_cast<unsigned>(int64_t(params.sequences.num_seqs) * params.value_heads * Shape::kSlices));
+  return launch(recurrence_kernel<kWarpgroups>, grid, Shape::kThreads, kSmem, true, params, stream);
 }
 
 int sm_count() {
@@ -112,22 +142,21 @@ int sm_count() {
 }  // namespace
 
 int64_t prefill_workspace_size(int64_t tokens, int batch, int num_seqs, int value_heads, bool packed) {
-  int64_t const slots = slot_count(tokens, batch, num_seqs, packed);
-  int64_t const slot_bytes = int64_t(value_heads) * kRecordBytes;
-  if (slots * slot_bytes <= kWorkspaceLimit) return std::max<int64_t>(slots * slot_bytes, 256);
-  int64_t const carry_bytes = int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float);
-  return std::max<int64_t>(1, (kWorkspaceLimit - 2 * carry_bytes) / slot_bytes) * slot_bytes + 2 * carry_bytes;
+  int64_t const carried = 2 * carry_bytes(value_heads);
+  int64_t const most = std::max<int64_t>((kWorkspaceLimit - carried) / slot_bytes(value_heads), 1);
+  return std::min(slot_count(tokens, batch, num_seqs, packed), most) * slot_bytes(value_heads) + carried;
 }
 
 cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   if (p.num_seqs == 0 || p.value_heads == 0) return cudaSuccess;
   int64_t const slots = slot_count(p.tokens, p.batch, p.num_seqs, p.cu_seqlens != nullptr);
-  Schedule const schedule = make_schedule(slots, p.value_heads, p.workspace_bytes);
+  Schedule const schedule = make_schedule(slots, p.num_seqs, p.value_heads, p.workspace_bytes, sm_count());
   Sequences const sequences = {p.cu_seqlens, p.cu_seqlens_is_int64, p.num_seqs,
                                static_cast<int>((p.tokens + kChunk - 1) / kChunk), p.tokens};
-  char* const workspace = static_cast<char*>(p.workspace);
-  float* const carry[2] = {reinterpret_cast<float*>(workspace + schedule.records_bytes),
-                           reinterpret_cast<float*>(workspace + schedule.records_bytes + schedule.carry_bytes)};
+  char* const records = static_cast<char*>(p.workspace) + 2 * schedule.carry_bytes;
+  auto carry = [&](int index) {
+    return reinterpret_cast<float*>(static_cast<char*>(p.workspace) + (index & 1) * schedule.carry_bytes);
+  };
 
   PrepareParams prepare = {{}, {}, p.g, p.beta, p.g_dtype == Dtype::kFp32, p.beta_dtype == Dtype::kFp32,
                            p.A_log, p.dt_bias, sequences, {}, p.value_heads, p.value_heads / p.heads, p.scale,
@@ -140,22 +169,21 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   if (cudaError_t const error = encode_boxes(prepare.k_map, p.k, p, p.heads)) return error;
   if (cudaError_t const error = encode_boxes(recurrence.v_map, p.v, p, p.value_heads)) return error;
 
-  // Two CTAs a head while that leaves no SM without work that one CTA a head would have given it.
-  bool const split_values = 2 * int64_t(p.num_seqs) * p.value_heads <= sm_count();
   int index = 0;
   for (int begin = 0; begin < schedule.slots || index == 0; begin += schedule.slab_slots, ++index) {
-    Slab const slab = {begin, std::min(begin + schedule.slab_slots, schedule.slots), reinterpret_cast<Record*>(workspace),
-                       carry[index & 1], carry[(index + 1) & 1]};
+    Slab const slab = {begin, std::min(begin + schedule.slab_slots, schedule.slots),
+                       reinterpret_cast<Record*>(records + index % schedule.buffers * schedule.records_bytes),
+                       carry(index), carry(index + 1)};
     prepare.slab = recurrence.slab = slab;
+    bool const overlap = index > 0 && schedule.buffers == 2;
     if (slab.end > slab.begin) {
-      int const n = slab.end - slab.begin;
-      cudaError_t const error = p.gate == Gate::kSoftplus     ? launch_prepare<Gate::kSoftplus>(prepare, n, stream)
-                                : p.gate == Gate::kLowerBound ? launch_prepare<Gate::kLowerBound>(prepare, n, stream)
-                                                              : launch_prepare<Gate::kGiven>(prepare, n, stream);
+      cudaError_t const error = p.gate == Gate::kSoftplus     ? launch_prepare<Gate::kSoftplus>(prepare, overlap, stream)
+                                : p.gate == Gate::kLowerBound ? launch_prepare<Gate::kLowerBound>(prepare, overlap, stream)
+                                                              : launch_prepare<Gate::kGiven>(prepare, overlap, stream);
       if (error != cudaSuccess) return error;
     }
-    cudaError_t const error = split_values ? launch_recurrence<1>(recurrence, stream)
-                                           : launch_recurrence<2>(recurrence, stream);
+    cudaError_t const error = schedule.split_values ? launch_recurrence<1>(recurrence, stream)
+                                                    : launch_recurrence<2>(recurrence, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

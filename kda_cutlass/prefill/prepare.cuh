@@ -217,6 +217,12 @@ __device__ __forceinline__ void load_rows(Pair (&pairs)[kRun], void const* first
   }
 }
 
+// The kernel before this one is the recurrence of the slab before. One CTA makes this kernel's end mean the end of that
+// one too, so that the next prepare, which takes its buffer, need only come after the recurrence of this slab.
+__device__ __forceinline__ void outlast_previous_kernel() {
+  if (blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_kernel();
+}
+
 template <Gate kGate>
 __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __grid_constant__ PrepareParams p) {
   extern __shared__ __align__(1024) char smem_bytes[];
@@ -224,12 +230,14 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   int const run = warp / 2, block = run / 2, half = warp % 2, channel = 64 * half + 2 * lane;
 
+  let_next_kernel_start();  // the recurrence of this slab, which waits for all CTAs, may take the SMs that the last leave free
+
   // ---- which chunk, which head
   int const head = blockIdx.x, slot = p.slab.begin + static_cast<int>(blockIdx.y);
   int const seq = p.sequences.owner(slot, lane);
   int64_t const chunk_start = int64_t(slot - p.sequences.slot_base(seq)) * kChunk;
   int64_t const remaining = p.sequences.length(seq) - chunk_start;
-  if (chunk_start < 0 || remaining <= 0) return;
+  if (chunk_start < 0 || remaining <= 0) return outlast_previous_kernel();
   int const chunk_tokens = static_cast<int>(min(remaining, int64_t(kChunk)));
   int const tokens = chunk_tokens - kRun * run;  // of this warp's run, if positive
   int const batch = p.sequences.batch(seq);
@@ -495,6 +503,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
     }
     store_to_panel(record.t, i, j, merged, lane);
   }
+  outlast_previous_kernel();
 }
 
 }  // namespace kda

@@ -106,15 +106,21 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   auto& smem = *reinterpret_cast<RecurrenceSmem<kWarpgroups>*>(smem_bytes);
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
+  // The records and carried states are there, and the recurrence of the slab before has ended: the next prepare, which
+  // takes its buffer, may start.
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
   // ---- which sequence, head and slice of value channels; which of its chunks lie in this slab
   int const slice = blockIdx.x % Shape::kSlices;
   int const head = blockIdx.x / Shape::kSlices % p.value_heads;
   int const seq = blockIdx.x / (Shape::kSlices * p.value_heads);
   int64_t const first_token = p.sequences.first_token(seq), length = p.sequences.length(seq);
   int const slot_base = p.sequences.slot_base(seq), chunks = static_cast<int>((length + kChunk - 1) / kChunk);
-  int const begin = max(p.slab.begin - slot_base, 0), end = min(p.slab.end - slot_base, chunks);
+  int const begin = max(p.slab.begin - slot_base, 0);
+  int const end = max(min(p.slab.end - slot_base, chunks), begin);
   bool const only_state = chunks == 0 && p.slab.begin == 0;
-  if (begin >= end && !only_state) return;
+  if (begin == end && !only_state) return;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < Shape::kStages; ++s) {

@@ -15,8 +15,7 @@ CHUNK = 64
 # What the prologue hands to the recurrence for one chunk and value head (kda_cutlass/prefill/params.h)
 RECORD_BYTES = 66304
 STATE_BYTES = HEAD_DIM * HEAD_DIM * 4
-# The whole call runs in one launch up to here; beyond, in slabs that reuse this much and carry two states a head
-# between them.
+# Longer calls run in slabs that take turns in this much; a slab hands the states of its heads to the next.
 WORKSPACE_LIMIT = 256 << 20
 ALIGNMENT = 16  # bytes: TMA reads rows at such addresses and strides
 
@@ -30,13 +29,11 @@ if AVAILABLE:
 
 
 def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int, packed: bool) -> int:
-    """Bytes of workspace for a call of these sizes: about 256 MiB at most, or a chunk of every head if that is more."""
+    """Bytes of workspace for a call of these sizes: at most 256 MiB, or one chunk of every head where that is more."""
     slots = tokens // CHUNK + num_sequences if packed else batch * -(-tokens // CHUNK)
     slot_bytes = value_heads * RECORD_BYTES
-    if slots * slot_bytes <= WORKSPACE_LIMIT:
-        return max(slots * slot_bytes, 256)
     carried = 2 * value_heads * STATE_BYTES
-    return max(1, (WORKSPACE_LIMIT - carried) // slot_bytes) * slot_bytes + carried
+    return min(slots, max(1, (WORKSPACE_LIMIT - carried) // slot_bytes)) * slot_bytes + carried
 
 
 def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
