@@ -67,8 +67,8 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// A [B, T, heads, 128] bf16 tensor as boxes of 64 tokens x 64 channels of one head, which land as panels.
-cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams const& p, int heads) {
+// A [B, T, heads, 128] bf16 tensor as boxes of `box_tokens` x 64 channels of one head, which land as rows of panels.
+cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams const& p, int heads, int box_tokens) {
   auto const encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
   constexpr int64_t kElement = sizeof(bf16);
@@ -79,7 +79,7 @@ cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams
   cuuint64_t const extents[4] = {kHeadDim, cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(p.batch)};
   cuuint64_t const strides[3] = {stride(view.stride_head, heads), stride(view.stride_token, tokens),
                                  stride(view.stride_batch, p.batch)};
-  cuuint32_t const box[4] = {64, 1, kChunk, 1};
+  cuuint32_t const box[4] = {64, 1, cuuint32_t(box_tokens), 1};
   cuuint32_t const element_strides[4] = {1, 1, 1, 1};
   CUresult const result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(view.data), extents, strides, box,
@@ -161,13 +161,14 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   PrepareParams prepare = {{}, {}, p.g, p.beta, p.g_dtype == Dtype::kFp32, p.beta_dtype == Dtype::kFp32,
                            p.A_log, p.dt_bias, sequences, {}, p.value_heads, p.value_heads / p.heads, p.scale,
                            p.lower_bound, p.qk_l2norm, p.beta_sigmoid, p.allow_neg_eigval};
-  RecurrenceParams recurrence = {{}, sequences, {}, p.value_heads, p.initial_state, p.final_state,
+  RecurrenceParams recurrence = {{}, {}, sequences, {}, p.value_heads, p.initial_state, p.final_state,
                                  p.initial_state_dtype == Dtype::kFp32, p.final_state_dtype == Dtype::kFp32,
                                  p.state_v_first, static_cast<bf16*>(p.out), p.out_stride_batch, p.out_stride_token,
-                                 p.out_stride_head};
-  if (cudaError_t const error = encode_boxes(prepare.q_map, p.q, p, p.heads)) return error;
-  if (cudaError_t const error = encode_boxes(prepare.k_map, p.k, p, p.heads)) return error;
-  if (cudaError_t const error = encode_boxes(recurrence.v_map, p.v, p, p.value_heads)) return error;
+                                 p.out_stride_head, static_cast<int>(std::max<int64_t>(p.tokens, 1))};
+  if (cudaError_t const error = encode_boxes(prepare.q_map, p.q, p, p.heads, kChunk)) return error;
+  if (cudaError_t const error = encode_boxes(prepare.k_map, p.k, p, p.heads, kChunk)) return error;
+  if (cudaError_t const error = encode_boxes(recurrence.v_map, p.v, p, p.value_heads, kChunk)) return error;
+  if (cudaError_t const error = encode_boxes(recurrence.v_token_map, p.v, p, p.value_heads, 1)) return error;
 
   int index = 0;
   for (int begin = 0; begin < schedule.slots || index == 0; begin += schedule.slab_slots, ++index) {

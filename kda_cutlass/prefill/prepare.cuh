@@ -128,36 +128,55 @@ __device__ __forceinline__ Product load_block(Block const& block, int lane) {
   return p;
 }
 
-// d += x * y for 16 x 16 fp32 blocks by tf32 MMA. Within 8 columns the inner index runs in the order 0, 2, 4, 6, 1,
-// 3, 5, 7, so that an accumulator can be the next product's left operand as it stands.
-__device__ __forceinline__ void multiply_tf32(Product& d, uint32_t const (&x)[2][4], Block const& y, int lane) {
-  int const row = lane >> 2, inner = 2 * (lane & 3);
-#pragma unroll
-  for (int s = 0; s < 2; ++s)
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-      mma_tf32(d.d[n], x[s], to_tf32(y[(8 * s + inner) * kBlockPitch + 8 * n + row]),
-               to_tf32(y[(8 * s + inner + 1) * kBlockPitch + 8 * n + row]));
-}
-__device__ __forceinline__ void left_operand(uint32_t (&x)[2][4], Block const& block, int lane) {
+// A 16 x 16 fp32 block as left operand of tf32 MMAs, in two parts whose sum holds 22 bits of it. Within 8 columns the
+// inner index runs in the order 0, 2, 4, 6, 1, 3, 5, 7, so that an accumulator can be the next product's left operand
+// as it stands.
+struct LeftOperand {
+  uint32_t high[2][4], low[2][4];
+  __device__ __forceinline__ void set(int s, int e, float x) {
+    high[s][e] = to_tf32(x);
+    low[s][e] = to_tf32(x - __uint_as_float(high[s][e]));
+  }
+};
+__device__ __forceinline__ LeftOperand left_operand(Block const& block, int lane) {
+  LeftOperand x;
   int const row = lane >> 2, inner = 2 * (lane & 3);
 #pragma unroll
   for (int s = 0; s < 2; ++s)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float2 const pair = *reinterpret_cast<float2 const*>(&block[(row + 8 * h) * kBlockPitch + 8 * s + inner]);
-      x[s][h] = to_tf32(pair.x);
-      x[s][2 + h] = to_tf32(pair.y);
+      x.set(s, h, pair.x);
+      x.set(s, 2 + h, pair.y);
     }
+  return x;
 }
-__device__ __forceinline__ void left_operand(uint32_t (&x)[2][4], Product const& p) {  // negated
+__device__ __forceinline__ LeftOperand negated_left_operand(Product const& p) {
+  LeftOperand x;
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    x[s][0] = to_tf32(-p.d[s][0]);
-    x[s][1] = to_tf32(-p.d[s][2]);
-    x[s][2] = to_tf32(-p.d[s][1]);
-    x[s][3] = to_tf32(-p.d[s][3]);
+    x.set(s, 0, -p.d[s][0]);
+    x.set(s, 1, -p.d[s][2]);
+    x.set(s, 2, -p.d[s][1]);
+    x.set(s, 3, -p.d[s][3]);
   }
+  return x;
+}
+// d += x * y, as exact as fp32 but for the products of the two low parts: with equal keys the merges below cancel nearly
+// everything, and what tf32 alone leaves behind would be as large as the rounding of T to bf16.
+__device__ __forceinline__ void multiply_fp32(Product& d, LeftOperand const& x, Block const& y, int lane) {
+  int const row = lane >> 2, inner = 2 * (lane & 3);
+#pragma unroll
+  for (int s = 0; s < 2; ++s)
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float const y0 = y[(8 * s + inner) * kBlockPitch + 8 * n + row];
+      float const y1 = y[(8 * s + inner + 1) * kBlockPitch + 8 * n + row];
+      uint32_t const high0 = to_tf32(y0), high1 = to_tf32(y1);
+      mma_tf32(d.d[n], x.high[s], to_tf32(y0 - __uint_as_float(high0)), to_tf32(y1 - __uint_as_float(high1)));
+      mma_tf32(d.d[n], x.low[s], high0, high1);
+      mma_tf32(d.d[n], x.high[s], high0, high1);
+    }
 }
 
 // (I + A)^-1 of a strictly lower 16 x 16 block by forward substitution in fp32, one column a lane.
@@ -471,12 +490,9 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   // ---- the inverse of the two 32 x 32 diagonal blocks: -T_i A_ij T_j below the diagonal
   if (warp < 2) {
     int const i = 2 * warp + 1, j = 2 * warp;
-    uint32_t x[2][4];
     Product left, merged;
-    left_operand(x, smem.diagonal_t(i), lane);
-    multiply_tf32(left, x, smem.a_below[below_index(i, j)], lane);
-    left_operand(x, left);
-    multiply_tf32(merged, x, smem.diagonal_t(j), lane);
+    multiply_fp32(left, left_operand(smem.diagonal_t(i), lane), smem.a_below[below_index(i, j)], lane);
+    multiply_fp32(merged, negated_left_operand(left), smem.diagonal_t(j), lane);
     store_block(smem.merged_t(warp), merged, lane);
     store_to_panel(record.t, i, j, merged, lane);
   }
@@ -485,22 +501,19 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   // ---- and the 32 x 32 block below: row block 2 + warp / 2, column block warp % 2 of -T_B A_BA T_A
   if (warp < 4) {
     int const i = 2 + warp / 2, j = warp % 2;
-    uint32_t x[2][4];
     Product left[2], merged;
-    left_operand(x, i == 2 ? smem.diagonal_t(2) : smem.merged_t(1), lane);
-    multiply_tf32(left[0], x, smem.a_below[below_index(2, 0)], lane);
-    multiply_tf32(left[1], x, smem.a_below[below_index(2, 1)], lane);
+    {
+      LeftOperand const x = left_operand(i == 2 ? smem.diagonal_t(2) : smem.merged_t(1), lane);
+      multiply_fp32(left[0], x, smem.a_below[below_index(2, 0)], lane);
+      multiply_fp32(left[1], x, smem.a_below[below_index(2, 1)], lane);
+    }
     if (i == 3) {
-      left_operand(x, smem.diagonal_t(3), lane);
-      multiply_tf32(left[0], x, smem.a_below[below_index(3, 0)], lane);
-      multiply_tf32(left[1], x, smem.a_below[below_index(3, 1)], lane);
+      LeftOperand const x = left_operand(smem.diagonal_t(3), lane);
+      multiply_fp32(left[0], x, smem.a_below[below_index(3, 0)], lane);
+      multiply_fp32(left[1], x, smem.a_below[below_index(3, 1)], lane);
     }
-    left_operand(x, left[1]);
-    multiply_tf32(merged, x, j == 0 ? smem.merged_t(0) : smem.diagonal_t(1), lane);
-    if (j == 0) {
-      left_operand(x, left[0]);
-      multiply_tf32(merged, x, smem.diagonal_t(0), lane);
-    }
+    multiply_fp32(merged, negated_left_operand(left[1]), j == 0 ? smem.merged_t(0) : smem.diagonal_t(1), lane);
+    if (j == 0) multiply_fp32(merged, negated_left_operand(left[0]), smem.diagonal_t(0), lane);
     store_to_panel(record.t, i, j, merged, lane);
   }
   outlast_previous_kernel();

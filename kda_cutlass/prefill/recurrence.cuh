@@ -45,15 +45,16 @@ struct RecurrenceSmem {
   alignas(1024) char v[Shape::kStages][kWarpgroups][64 * kPanelRowBytes];  // [token, value channel]
   alignas(1024) char out[kWarpgroups][64 * kPanelRowBytes];  // [token, value channel]
   alignas(16) ChunkFactors factors[Shape::kStages];
+  alignas(16) float no_decay[kHeadDim];  // ones, for after the last chunk
   alignas(8) uint64_t full[Shape::kStages];
   alignas(8) uint64_t empty[Shape::kStages];
-  alignas(8) uint64_t values_loaded;  // of a sequence's partial last chunk
   alignas(8) uint64_t out_full[kWarpgroups];
   alignas(8) uint64_t out_empty[kWarpgroups];
 };
 
 struct RecurrenceParams {
-  CUtensorMap v_map;    // boxes of 64 channels x 64 tokens of one head, as panels
+  CUtensorMap v_map;        // boxes of 64 channels x 64 tokens of one head, as panels
+  CUtensorMap v_token_map;  // boxes of 64 channels of one token
   Sequences sequences;
   Slab slab;
   int value_heads;
@@ -62,6 +63,7 @@ struct RecurrenceParams {
   bool initial_is_fp32, final_is_fp32, state_v_first;
   bf16* out;
   int64_t out_stride_batch, out_stride_token, out_stride_head;
+  int tensor_tokens;  // T
 };
 
 // Visits a thread's part of S^T, whose accumulator layout is: element 4j + 2h + e is value channel row + 8h, key
@@ -125,15 +127,15 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < Shape::kStages; ++s) {
       TransactionBarrier::init(&smem.full[s], 1);
-      EmptyBarrier::init(&smem.empty[s], 4 * kWarpgroups);
+      EmptyBarrier::init(&smem.empty[s], 128 * kWarpgroups);  // threads, not warps: racecheck follows no warp barrier
     }
-    TransactionBarrier::init(&smem.values_loaded, 1);
     for (int w = 0; w < kWarpgroups; ++w) {
-      EmptyBarrier::init(&smem.out_full[w], 4);
-      EmptyBarrier::init(&smem.out_empty[w], 1);
+      EmptyBarrier::init(&smem.out_full[w], 128);
+      EmptyBarrier::init(&smem.out_empty[w], 32);
     }
     cutlass::arch::fence_barrier_init();
   }
+  if (threadIdx.x < kHeadDim) smem.no_decay[threadIdx.x] = 1.f;
   __syncthreads();
 
   // The first chunk's slot in this slab and how many there are, uniform over the warp for the compiler's sake.
@@ -144,41 +146,37 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   if (warp >= 4 * kWarpgroups) {
     if constexpr (kWarpgroups > 1) cutlass::arch::warpgroup_reg_dealloc<40>();
     if (warp == 4 * kWarpgroups) {
-      // ---- producer: one record and its values a stage; after the last a stage of ones, the decay of no chunk
+      // ---- producer: one record and its values a stage
+      constexpr auto kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
       Record const* record = p.slab.records + int64_t(slot_base + begin - p.slab.begin) * p.value_heads + head;
       int stage = 0, phase = 1;  // the first pass over the ring finds it empty
       for (int i = 0; i < steps; ++i, record += p.value_heads) {
-        int64_t const token = first_chunk_token + int64_t(i) * kChunk;
+        int const token = static_cast<int>(first_chunk_token) + i * kChunk;
         int const tokens = static_cast<int>(min(first_token + length - token, int64_t(kChunk)));
-        bool const partial = tokens < kChunk;
         uint64_t* const full = &smem.full[stage];
         EmptyBarrier::wait(&smem.empty[stage], phase);
         if (lane == 0) {
-          TransactionBarrier::expect_transaction(full, kRecordBytes + (partial ? 0 : sizeof(smem.v[0])));
+          TransactionBarrier::arrive_and_expect_tx(full, kRecordBytes + sizeof(smem.v[0]));
           cute::SM90_BULK_COPY_G2S::copy(record, full, &smem.operands[stage], kRecordPanelBytes);
           cute::SM90_BULK_COPY_G2S::copy(&record->factors, full, &smem.factors[stage], sizeof(ChunkFactors));
-          if (partial) TransactionBarrier::arrive_and_expect_tx(&smem.values_loaded, sizeof(smem.v[0]));
+        }
+        __syncwarp();
 #pragma unroll
-          for (int w = 0; w < kWarpgroups; ++w)
-            cute::SM90_TMA_LOAD_4D::copy(&p.v_map, partial ? &smem.values_loaded : full,
-                                         static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST), smem.v[stage][w],
-                                         kValueTile * (slice * kWarpgroups + w), head, static_cast<int32_t>(token), batch);
-        }
-        if (partial) {  // the last chunk: the rows past the end came with another sequence's values
-          TransactionBarrier::wait(&smem.values_loaded, 0);
-          for (int n = lane; n < kWarpgroups * 8 * (kChunk - tokens); n += 32) {
-            int const w = n / (8 * (kChunk - tokens)), cell = n % (8 * (kChunk - tokens));
-            *reinterpret_cast<uint4*>(smem.v[stage][w] + panel_offset(tokens + cell / 8, cell % 8)) = make_uint4(0, 0, 0, 0);
+        for (int w = 0; w < kWarpgroups; ++w) {
+          int const channel = kValueTile * (slice * kWarpgroups + w);
+          if (tokens == kChunk) {
+            if (lane == 0)
+              cute::SM90_TMA_LOAD_4D::copy(&p.v_map, full, kStreamed, smem.v[stage][w], channel, head, token, batch);
+          } else {
+            // A partial chunk token by token: behind its end lie another sequence's values, so those rows are read past
+            // the end of the tensor, which gives zeros.
+            for (int row = lane; row < kChunk; row += 32)
+              cute::SM90_TMA_LOAD_4D::copy(&p.v_token_map, full, kStreamed, smem.v[stage][w] + row * kPanelRowBytes,
+                                           channel, head, row < tokens ? token + row : p.tensor_tokens, batch);
           }
-          __syncwarp();
         }
-        if (lane == 0) EmptyBarrier::arrive(full);
         if (++stage == Shape::kStages) stage = 0, phase ^= 1;
       }
-      EmptyBarrier::wait(&smem.empty[stage], phase);
-      reinterpret_cast<float4*>(smem.factors[stage].decay)[lane] = make_float4(1.f, 1.f, 1.f, 1.f);
-      __syncwarp();
-      if (lane == 0) EmptyBarrier::arrive(&smem.full[stage]);
     } else if (warp <= 4 * kWarpgroups + kWarpgroups) {
       // ---- writers: a warpgroup's outputs of a chunk, 128 bytes a token
       int const w = warp - 4 * kWarpgroups - 1, unit = lane % 8;
@@ -191,8 +189,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
         for (int row = lane / 8; row < kChunk; row += 4, out += 4 * p.out_stride_token)
           if (row < tokens)
             *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4 const*>(smem.out[w] + panel_offset(row, unit));
-        __syncwarp();
-        if (lane == 0) EmptyBarrier::arrive(&smem.out_empty[w]);
+        EmptyBarrier::arrive(&smem.out_empty[w]);
       }
     }
     return;
@@ -219,10 +216,10 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
 #pragma unroll
   for (int j = 0; j < 4; ++j) own_offset[j] = panel_offset(8 * (2 * j + (matrix >> 1)) + matrix_row, own_unit);
   int const column = lane & 3;  // accumulator columns are 8j + 2 column + {0, 1}
-  auto decay_state = [&](ChunkFactors const& factors) {
+  auto decay_state = [&](float const* factors) {
 #pragma unroll
     for (int j = 0; j < kHeadDim / 16; ++j) {
-      float4 const decay = *reinterpret_cast<float4 const*>(&factors.decay[16 * j + 4 * column]);
+      float4 const decay = *reinterpret_cast<float4 const*>(&factors[16 * j + 4 * column]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         s[8 * j + 2 * h] *= decay.x;
@@ -250,20 +247,21 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     }
   };
   auto hand_out = [&](int chunks_before) {  // to the writer; the panel is free once the chunk before has left it
-    EmptyBarrier::wait(&smem.out_empty[warpgroup], (chunks_before & 1) ^ 1);
+    EmptyBarrier::wait(&smem.out_empty[warpgroup], chunks_before & 1 ^ 1);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       stmatrix_x4_trans(smem.out[warpgroup] + own_offset[j], o_packed[4 * j], o_packed[4 * j + 1], o_packed[4 * j + 2],
                         o_packed[4 * j + 3]);
-    __syncwarp();
-    if (lane == 0) EmptyBarrier::arrive(&smem.out_full[warpgroup]);
+    EmptyBarrier::arrive(&smem.out_full[warpgroup]);
   };
 
   int stage = 0, phase = 0;
   pack_operand(s_operand, s);
-  TransactionBarrier::wait(&smem.full[0], 0);
-  seed_with_values(0);
-  decay_state(smem.factors[0]);
+  if (steps > 0) {
+    TransactionBarrier::wait(&smem.full[0], 0);
+    seed_with_values(0);
+    decay_state(smem.factors[0].decay);
+  }
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
     auto& operands = smem.operands[stage];
@@ -304,18 +302,18 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
 
     int const next_stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
     phase ^= next_stage == 0;
-    TransactionBarrier::wait(&smem.full[next_stage], phase);
-    seed_with_values(next_stage);
+    bool const last = i + 1 == steps;
+    if (!last) TransactionBarrier::wait(&smem.full[next_stage], phase);
+    seed_with_values(next_stage);  // after the last chunk with anything: nobody uses it
     cute::warpgroup_wait<1>();
     fence_registers(s);
     pack_operand(s_operand, s);
-    decay_state(smem.factors[next_stage]);  // not behind the next product: ptxas would wait for that one first
+    decay_state(last ? smem.no_decay : smem.factors[next_stage].decay);  // not behind the next product: ptxas would wait for that one first
 
     cute::warpgroup_wait<0>();
     fence_registers(o);
     pack_operand(o_packed, o);
-    __syncwarp();
-    if (lane == 0) EmptyBarrier::arrive(&smem.empty[stage]);
+    EmptyBarrier::arrive(&smem.empty[stage]);
     stage = next_stage;
   }
 
