@@ -53,6 +53,8 @@ struct PrepareSmem {
   __device__ Block& diagonal_a(int b) { return *reinterpret_cast<Block*>(operands[kDiagonalQ][0] + b * kTileBytes); }
   __device__ Block& diagonal_t(int b) { return *reinterpret_cast<Block*>(operands[kDiagonalQ][1] + b * kTileBytes); }
   __device__ Block& merged_t(int p) { return *reinterpret_cast<Block*>(operands[kDiagonalK][0] + p * kTileBytes); }
+  __device__ char* t_panel() { return operands[kRowQ][0]; }
+  __device__ char* a_qk_panel() { return operands[kRowQ][1]; }
 };
 static_assert(sizeof(Block) <= kTileBytes);
 static_assert(sizeof(PrepareSmem) <= 113 * 1024, "two CTAs an SM");
@@ -110,14 +112,25 @@ __device__ __forceinline__ void store_block(Block& block, Product const& p, int 
     *reinterpret_cast<float2*>(&block[row * kBlockPitch + col]) = make_float2(p.d[n][e], p.d[n][e + 1]);
   });
 }
-// Block (i, j) of a 64 x 64 bf16 panel of the record.
-__device__ __forceinline__ void store_to_panel(char* panel, int i, int j, Product const& p, int lane) {
+// A block rounded to bf16: the pairs of columns of for_each_pair.
+struct RoundedBlock {
+  uint32_t pair[2][2] = {};
+};
+__device__ __forceinline__ RoundedBlock rounded(Product const& p) {
+  RoundedBlock block;
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) block.pair[n][h] = pack_bf16(p.d[n][2 * h], p.d[n][2 * h + 1]);
+  return block;
+}
+// Block (i, j) of a 64 x 64 panel.
+__device__ __forceinline__ void store_to_panel(char* panel, int i, int j, RoundedBlock const& block, int lane) {
   for_each_pair(lane, [&](int n, int e, int row, int col) {
     *reinterpret_cast<uint32_t*>(panel + panel_offset(16 * i + row, 2 * j + (col >> 3)) + 2 * (col & 7)) =
-        pack_bf16(p.d[n][e], p.d[n][e + 1]);
+        block.pair[n][e / 2];
   });
 }
-
 __device__ __forceinline__ Product load_block(Block const& block, int lane) {
   Product p;
   for_each_pair(lane, [&](int n, int e, int row, int col) {
@@ -449,6 +462,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   // A far block reads its row or column factor with the decay of the block between: (2, 0), (3, 0) the column, (3, 0),
   // (3, 1) the row.
   bool const diagonal = warp < kBlocks;
+  RoundedBlock a_qk;
   if (warp < kBlocks + 6) {
     int const below = warp - kBlocks;  // (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2): the order of below_index()
     int const i = diagonal ? warp : below == 0 ? 1 : below < 3 ? 2 : 3;
@@ -469,23 +483,30 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
         k_product.d[n][e + x] = row + shift > col + x ? scales.z * k_scale * k_product.d[n][e + x] : 0.f;
       }
     });
-    store_to_panel(record.a_qk, i, j, q_product, lane);
+    a_qk = rounded(q_product);
     __syncwarp();  // a diagonal warp has read its tiles, which its block overlays
     store_block(diagonal ? smem.diagonal_a(warp) : smem.a_below[below], k_product, lane);
     if (diagonal) {
       __syncwarp();
       invert_diagonal(smem.diagonal_t(warp), smem.diagonal_a(warp), lane);
-      __syncwarp();
-      store_to_panel(record.t, warp, warp, load_block(smem.diagonal_t(warp), lane), lane);
     }
+  }
+  __syncthreads();
+
+  // ---- Aqk, and T as it gets ready, to panels over the row factors
+  if (warp < kBlocks) {
+    store_to_panel(smem.a_qk_panel(), warp, warp, a_qk, lane);
+  } else if (warp < kBlocks + 6) {
+    int const below = warp - kBlocks, i = below == 0 ? 1 : below < 3 ? 2 : 3;
+    store_to_panel(smem.a_qk_panel(), i, below - i * (i - 1) / 2, a_qk, lane);
+    if (below < kBlocks)
+      store_to_panel(smem.t_panel(), below, below, rounded(load_block(smem.diagonal_t(below), lane)), lane);
   } else {  // above the diagonal, where both are zero: (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)
     int const above = warp - kBlocks - 6;
     int const i = above < 3 ? 0 : above < 5 ? 1 : 2, j = above < 3 ? above + 1 : above < 5 ? above - 1 : 3;
-    Product const zero;
-    store_to_panel(record.t, i, j, zero, lane);
-    store_to_panel(record.a_qk, i, j, zero, lane);
+    store_to_panel(smem.t_panel(), i, j, RoundedBlock{}, lane);
+    store_to_panel(smem.a_qk_panel(), i, j, RoundedBlock{}, lane);
   }
-  __syncthreads();
 
   // ---- the inverse of the two 32 x 32 diagonal blocks: -T_i A_ij T_j below the diagonal
   if (warp < 2) {
@@ -494,7 +515,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
     multiply_fp32(left, left_operand(smem.diagonal_t(i), lane), smem.a_below[below_index(i, j)], lane);
     multiply_fp32(merged, negated_left_operand(left), smem.diagonal_t(j), lane);
     store_block(smem.merged_t(warp), merged, lane);
-    store_to_panel(record.t, i, j, merged, lane);
+    store_to_panel(smem.t_panel(), i, j, rounded(merged), lane);
   }
   __syncthreads();
 
@@ -514,7 +535,15 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
     }
     multiply_fp32(merged, negated_left_operand(left[1]), j == 0 ? smem.merged_t(0) : smem.diagonal_t(1), lane);
     if (j == 0) multiply_fp32(merged, negated_left_operand(left[0]), smem.diagonal_t(0), lane);
-    store_to_panel(record.t, i, j, merged, lane);
+    store_to_panel(smem.t_panel(), i, j, rounded(merged), lane);
+  }
+  cutlass::arch::fence_view_async_shared();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    static_assert(offsetof(Record, a_qk) == offsetof(Record, t) + kPanelBytes);
+    cute::SM90_BULK_COPY_S2G::copy(smem.t_panel(), record.t, 2 * kPanelBytes);
+    cute::tma_store_arrive();
+    cute::tma_store_wait<0>();
   }
   outlast_previous_kernel();
 }
