@@ -36,7 +36,7 @@ FP32_TOLERANCE = 1e-4
 def has_cuda_kernel(kernel, device) -> bool:
     """Whether bf16 calls with heads of 128 channels are to run the CUDA kernel."""
     on_hopper = torch.device(device).type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    return on_hopper and kernel.prefill.available()
+    return on_hopper and kernel.prefill.AVAILABLE
 
 
 def paths_taken(caplog) -> set[str]:
