@@ -255,15 +255,14 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     EmptyBarrier::arrive(&smem.out_full[warpgroup]);
   };
 
-  int stage = 0, phase = 0;
   pack_operand(s_operand, s);
   if (steps > 0) {
     TransactionBarrier::wait(&smem.full[0], 0);
     seed_with_values(0);
     decay_state(smem.factors[0].decay);
   }
-#pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
+  auto step = [&](auto stage_constant, int i, int phase) {
+    constexpr int stage = decltype(stage_constant)::value;
     auto& operands = smem.operands[stage];
     // W^T = beta V^T - S^T (beta K e^G)^T, the values being the accumulator's seed
     fence_registers(w);
@@ -300,10 +299,9 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     wgmma_k_major<1>(o, v_operand, operands.a_qk, true);
     cute::warpgroup_commit_batch();
 
-    int const next_stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
-    phase ^= next_stage == 0;
+    constexpr int next_stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
     bool const last = i + 1 == steps;
-    if (!last) TransactionBarrier::wait(&smem.full[next_stage], phase);
+    if (!last) TransactionBarrier::wait(&smem.full[next_stage], phase ^ (next_stage == 0));
     seed_with_values(next_stage);  // after the last chunk with anything: nobody uses it
     cute::warpgroup_wait<1>();
     fence_registers(s);
@@ -314,8 +312,13 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     fence_registers(o);
     pack_operand(o_packed, o);
     EmptyBarrier::arrive(&smem.empty[stage]);
-    stage = next_stage;
-  }
+  };
+  // Whole rounds of the ring, so that every address and descriptor is a constant.
+#pragma unroll 1
+  for (int first = 0, phase = 0; first < steps; first += Shape::kStages, phase ^= 1)
+    static_for<Shape::kStages>([&](auto stage) {
+      if (first + stage < steps) step(stage, first + stage, phase);
+    });
 
   if (steps > 0) hand_out(steps - 1);
 
