@@ -47,7 +47,7 @@ struct PrepareSmem {
   Block a_below[6];                     // beta_i Akk of the blocks below the diagonal, see below_index()
   float total[kRuns][kHeadDim];         // log2 decay of a whole run
   float square_sum[2][kChunk];          // of q and of k, per token
-  float4 token_scale[kChunk];           // factor of q, factor of k, beta times that, unused
+  float4 token_scale[2][kChunk];        // factor of q, factor of k, beta times that, unused; a copy for each half
   float beta[kChunk];
   // Reused once their operand tiles are read, the diagonal ones by the warp that read them.
   __device__ Block& diagonal_a(int b) { return *reinterpret_cast<Block*>(operands[kDiagonalQ][0] + b * kTileBytes); }
@@ -280,6 +280,9 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   if (threadIdx.x == 0) {
     TransactionBarrier::init(&smem.loaded, 1);
     cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
     TransactionBarrier::arrive_and_expect_tx(&smem.loaded, 2 * kOperandBytes);
     int const key_head = head / p.heads_per_key;
 #pragma unroll
@@ -340,23 +343,23 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
     *reinterpret_cast<float2*>(&smem.total[run][channel]) = total;
   }
 
-  __syncthreads();
-
   // ---- norms
   TransactionBarrier::wait(&smem.loaded, 0);
   if (p.qk_l2norm && warp < 2 * kBlocks)
     store_square_sums(&smem.square_sum[warp % 2][kBlock * (warp / 2)],
                       smem.operands[warp % 2 == 0 ? kDiagonalQ : kDiagonalK][0] + warp / 2 * kTileBytes, lane);
   __syncthreads();
-  if (threadIdx.x < kChunk) {
+  float4* const token_scale = smem.token_scale[half] + kRun * run;
+  if (lane < kRun) {
+    int const token = kRun * run + lane;
     float q_scale = 1.f, k_scale = 1.f;
-    if (p.qk_l2norm && threadIdx.x < chunk_tokens) {
-      q_scale = rsqrtf(smem.square_sum[0][threadIdx.x] + 1e-6f);
-      k_scale = rsqrtf(smem.square_sum[1][threadIdx.x] + 1e-6f);
+    if (p.qk_l2norm && lane < tokens) {
+      q_scale = rsqrtf(smem.square_sum[0][token] + 1e-6f);
+      k_scale = rsqrtf(smem.square_sum[1][token] + 1e-6f);
     }
-    smem.token_scale[threadIdx.x] = make_float4(q_scale * p.scale, k_scale, k_scale * smem.beta[threadIdx.x], 0.f);
+    token_scale[lane] = make_float4(q_scale * p.scale, k_scale, k_scale * smem.beta[token], 0.f);
   }
-  __syncthreads();
+  __syncwarp();
 
   // ---- decays of the other runs and blocks
   bool const odd_run = run & 1, has_row = block > 0, is_last = block == kBlocks - 1, is_first = block == 0;
@@ -411,7 +414,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
     static_for<kRun>([&](auto index) {  // decay from the block's start through token i
       constexpr int i = index.value, kRow = i * kPanelRowBytes;
       add(sum, g[i]);
-      float4 const scales = smem.token_scale[kRun * run + i];
+      float4 const scales = token_scale[i];
       float2 const a = exp2_pair(sum);
       uint32_t const word = own_tile ^ i << 4;
       float2 const qa = times(unpacked(load_word<kDiagonalQ * kOperandBytes + kRow>(word)), a);
@@ -444,7 +447,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
       float2 const kc = times(k, exp2_pair(sum));
       uint64_t const out = record_word ^ i << 4;
       store_word_global<offsetof(Record, k_remaining) + kRow>(
-          out, scaled(times(kc, suffix), smem.token_scale[kRun * run + i].y));
+          out, scaled(times(kc, suffix), token_scale[i].y));
       if (!is_last) store_word<kRow>(col_tile ^ i << 4, packed(kc));
       if (is_first) store_word<kRow + kColK * kOperandBytes + kColFar * kTileBytes>(first_tile ^ i << 4, packed(times(kc, middle)));
       float2 const down = exp2_pair(from_middle), up = exp2_pair(make_float2(-from_middle.x, -from_middle.y));
@@ -475,10 +478,10 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
              smem.operands[diagonal ? kDiagonalCol : kColK][0] + cols * kTileBytes, lane);
     int const shift = diagonal ? 0 : kBlock;  // every entry of the other blocks lies below the diagonal
     for_each_pair(lane, [&](int n, int e, int row, int col) {  // above the diagonal lies anything: select, never scale
-      float4 const scales = smem.token_scale[kBlock * i + row];
+      float4 const scales = smem.token_scale[0][kBlock * i + row];
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
-        float const k_scale = smem.token_scale[kBlock * j + col + x].y;
+        float const k_scale = smem.token_scale[0][kBlock * j + col + x].y;
         q_product.d[n][e + x] = row + shift >= col + x ? scales.x * k_scale * q_product.d[n][e + x] : 0.f;
         k_product.d[n][e + x] = row + shift > col + x ? scales.z * k_scale * k_product.d[n][e + x] : 0.f;
       }
