@@ -79,57 +79,60 @@ def check_call(
     The last dimension of q, k, v and g must be contiguous on every device: the kernels read it in vectors, and a silent
     copy of the four largest tensors would hide the cost. All other strides are free.
     """
-    for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
+    for name, x, rank in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("g", g, 4), ("beta", beta, 3)):
         _tensor(name, x, FLOATS, q)
-        rank = 3 if name == "beta" else 4
-        _expect(x.dim() == rank, name, f"rank {rank}", f"shape {_shape(x)}")
+        if x.dim() != rank:
+            raise _broken(name, f"rank {rank}", f"shape {_shape(x)}")
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    _expect(H > 0 and HV % H == 0, "v", f"a number of heads HV that is a multiple of q's H = {H}", f"HV = {HV}")
-    for name, x, shape, meaning in (
-        ("k", k, (B, T, H, K), "that of q, [B, T, H, K]"),
-        ("v", v, (B, T, HV, V), "[B, T, HV, V]"),
-        ("g", g, (B, T, HV, K), "[B, T, HV, K]"),
-        ("beta", beta, (B, T, HV), "[B, T, HV]"),
-    ):
-        _has_shape(name, x, shape, meaning)
+    if H == 0 or HV % H != 0:
+        raise _broken("v", f"a number of heads HV that is a multiple of q's H = {H}", f"HV = {HV}")
+    _has_shape("k", k, (B, T, H, K), "that of q, [B, T, H, K]")
+    _has_shape("v", v, (B, T, HV, V), "[B, T, HV, V]")
+    _has_shape("g", g, (B, T, HV, K), "[B, T, HV, K]")
+    _has_shape("beta", beta, (B, T, HV), "[B, T, HV]")
     for name, x in (("k", k), ("v", v)):
-        _expect(x.dtype == q.dtype, name, f"dtype {q.dtype}, that of q", x.dtype, TypeError)
+        if x.dtype != q.dtype:
+            raise _broken(name, f"dtype {q.dtype}, that of q", x.dtype, TypeError)
     for name, x in (("q", q), ("k", k), ("v", v), ("g", g)):
         _dense_rows(name, x)
 
     scale = K**-0.5 if scale is None else _number("scale", scale)
     if lower_bound is not None:
         lower_bound = _number("lower_bound", lower_bound)
-        _expect(lower_bound < 0, "lower_bound", "a finite negative number", lower_bound)
+        if not lower_bound < 0:
+            raise _broken("lower_bound", "a finite negative number", lower_bound)
     if use_gate_in_kernel:
         if lower_bound is None:
-            _expect(not safe_gate, "lower_bound", "a finite negative number, since safe_gate=True", None)
-            _expect(A_log is not None, "A_log", "HV elements, since use_gate_in_kernel=True without lower_bound", None)
+            if safe_gate:
+                raise _broken("lower_bound", "a finite negative number, since safe_gate=True", None)
+            if A_log is None:
+                raise _broken("A_log", "HV elements, since use_gate_in_kernel=True without lower_bound", None)
         if A_log is not None:
             _tensor("A_log", A_log, FLOATS, q)
-            _expect(A_log.numel() == HV, "A_log", f"{HV} elements (HV)", f"shape {_shape(A_log)}")
+            if A_log.numel() != HV:
+                raise _broken("A_log", f"{HV} elements (HV)", f"shape {_shape(A_log)}")
         if dt_bias is not None:
             _tensor("dt_bias", dt_bias, FLOATS, q)
-            _expect(dt_bias.numel() == HV * K, "dt_bias", f"{HV * K} elements (HV * K)", f"shape {_shape(dt_bias)}")
+            if dt_bias.numel() != HV * K:
+                raise _broken("dt_bias", f"{HV * K} elements (HV * K)", f"shape {_shape(dt_bias)}")
     else:
         A_log = dt_bias = lower_bound = None
-    _expect(
-        use_beta_sigmoid_in_kernel or not allow_neg_eigval,
-        "allow_neg_eigval",
-        "False, or use_beta_sigmoid_in_kernel=True with it",
-        "True without it",
-    )
+    if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+        raise _broken("allow_neg_eigval", "False, or use_beta_sigmoid_in_kernel=True with it", "True without it")
 
     if cu_seqlens is not None:
         _tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), q)
-        bounds = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 0
-        _expect(bounds, "cu_seqlens", "shape [N + 1]", f"shape {_shape(cu_seqlens)}")
-        _expect(B == 1, "q", "batch size 1 with cu_seqlens (pack the sequences along T)", f"batch size {B}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise _broken("cu_seqlens", "shape [N + 1]", f"shape {_shape(cu_seqlens)}")
+        if B != 1:
+            raise _broken("q", "batch size 1 with cu_seqlens (pack the sequences along T)", f"batch size {B}")
     if cu_seqlens_cpu is not None:
-        _expect(cu_seqlens is not None, "cu_seqlens_cpu", "cu_seqlens beside it", None)
+        if cu_seqlens is None:
+            raise _broken("cu_seqlens_cpu", "cu_seqlens beside it", None)
         _tensor("cu_seqlens_cpu", cu_seqlens_cpu, (torch.int32, torch.int64), None)
-        _expect(cu_seqlens_cpu.device.type == "cpu", "cu_seqlens_cpu", "device cpu", cu_seqlens_cpu.device)
+        if cu_seqlens_cpu.device.type != "cpu":
+            raise _broken("cu_seqlens_cpu", "device cpu", cu_seqlens_cpu.device)
         _has_shape("cu_seqlens_cpu", cu_seqlens_cpu, tuple(cu_seqlens.shape), "that of cu_seqlens, [N + 1]")
 
     call = Call(
@@ -164,9 +167,8 @@ def check_outputs(call: Call, out: torch.Tensor, final_state: torch.Tensor | Non
     _dense_rows("out", out)
     if final_state is not None:
         _state("final_state", final_state, call)
-        _expect(
-            final_state.is_contiguous(), "final_state", "a contiguous tensor", f"strides {list(final_state.stride())}"
-        )
+        if not final_state.is_contiguous():
+            raise _broken("final_state", "a contiguous tensor", f"strides {list(final_state.stride())}")
 
 
 def check_contents(call: Call) -> None:
@@ -175,15 +177,18 @@ def check_contents(call: Call) -> None:
         return
     bounds = call.cu_seqlens.tolist()
     T = call.q.shape[1]
-    _expect(bounds[0] == 0, "cu_seqlens", "0 as its first element", bounds[0])
+    if bounds[0] != 0:
+        raise _broken("cu_seqlens", "0 as its first element", bounds[0])
     for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        _expect(start <= end, "cu_seqlens", "nondecreasing elements", f"{start} before {end} at sequence {n}")
-    _expect(bounds[-1] <= T, "cu_seqlens", f"no element past T = {T}", bounds[-1])
+        if start > end:
+            raise _broken("cu_seqlens", "nondecreasing elements", f"{start} before {end} at sequence {n}")
+    if bounds[-1] > T:
+        raise _broken("cu_seqlens", f"no element past T = {T}", bounds[-1])
 
 
-def _expect(ok: bool, name: str, expected: str, got: Any, error: type[Exception] = ValueError) -> None:
-    if not ok:
-        raise error(f"{name}: expected {expected}, got {got}")
+def _broken(name: str, expected: str, got: Any, error: type[Exception] = ValueError) -> Exception:
+    """Made only when it is raised: a call that is right formats nothing."""
+    return error(f"{name}: expected {expected}, got {got}")
 
 
 def _shape(x: torch.Tensor) -> list[int]:
@@ -201,7 +206,7 @@ def _tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], beside: torch.Te
 
 
 def _has_shape(name: str, x: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    if tuple(x.shape) != shape:
+    if x.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)} ({meaning}), got {_shape(x)}")
 
 

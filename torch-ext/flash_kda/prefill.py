@@ -83,6 +83,8 @@ def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None
 
 def _aligned(x: torch.Tensor) -> bool:
     unit = ALIGNMENT // x.element_size()
-    # Nothing steps along a dimension of size 1. A stride of 0 repeats rows, which TMA does not take.
-    strides = (stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1)
-    return x.data_ptr() % ALIGNMENT == 0 and all(stride > 0 and stride % unit == 0 for stride in strides)
+    for size, stride in zip(x.shape[:3], x.stride()):
+        # Nothing steps along a dimension of size 1. A stride of 0 repeats rows, which TMA does not take.
+        if size > 1 and (stride <= 0 or stride % unit):
+            return False
+    return x.data_ptr() % ALIGNMENT == 0
