@@ -1,0 +1,51 @@
+"""One small call of each mode of the prefill kernel, for compute-sanitizer: `test_sanitizer.py` runs it."""
+
+import os
+
+import torch
+from kernels import get_kernel
+
+os.environ["FLASH_KDA_STRICT"] = "1"  # falling back would check nothing
+kernel = get_kernel("moonshot/flash-kda", version=1)
+
+
+def call(H, HV, *, B=1, T=200, N=1, gate="lower_bound", g=torch.bfloat16, beta=torch.bfloat16, state=torch.float32,
+         raw=True, neg=False, v_first=False, cu_seqlens=None):  # fmt: skip
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda")
+
+    beta_values = normal(B, T, HV)
+    args = dict(
+        q=normal(B, T, H, 128).bfloat16(),
+        k=(normal(B, T, H, 128) * (1 if raw else 128**-0.5)).bfloat16(),
+        v=normal(B, T, HV, 128).bfloat16(),
+        g=(-normal(B, T, HV, 128).abs() if gate == "given" else normal(B, T, HV, 128)).to(g),
+        beta=(beta_values if raw else beta_values.sigmoid()).to(beta),
+        initial_state=normal(N, HV, 128, 128).to(state),
+        output_final_state=True,
+        use_gate_in_kernel=gate != "given",
+        use_qk_l2norm_in_kernel=raw,
+        use_beta_sigmoid_in_kernel=raw,
+        allow_neg_eigval=neg,
+        state_v_first=v_first,
+        cu_seqlens=cu_seqlens,
+    )
+    if gate != "given":
+        args |= dict(A_log=normal(HV), dt_bias=normal(HV * 128))
+    if gate == "lower_bound":
+        args |= dict(lower_bound=-5.0)
+    with torch.no_grad():
+        for result in kernel.chunk_kda(**args):
+            assert torch.isfinite(result).all()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    packed = torch.tensor([0, 0, 1, 70, 200], device="cuda")
+    call(3, 6, N=4, neg=True, cu_seqlens=packed.int())  # GVA, empty and one-token sequences, two CTAs a head
+    call(2, 2, N=4, gate="softplus", v_first=True, cu_seqlens=packed)
+    call(1, 1, gate="given", raw=False, beta=torch.float32, state=torch.bfloat16)
+    call(1, 3, B=2, N=2, T=65, gate="given", g=torch.float32)
+    call(70, 70, T=130)  # one CTA a head
+    call(1, 1, T=64 * 66)  # two slabs beside each other
+    torch.cuda.synchronize()
