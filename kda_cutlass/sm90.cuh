@@ -1,19 +1,18 @@
 // Thin named wrappers over CuTe's SM90/SM80 atoms: one line each where the kernels use them.
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
-#include <utility>
-
 #include <cuda_bf16.h>
+#include <cutlass/arch/barrier.h>
 
+#include <cstdint>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
-#include <cutlass/arch/barrier.h>
+#include <type_traits>
+#include <utility>
 
 namespace kda {
 
@@ -68,7 +67,9 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 // A kernel launched to overlap starts once every CTA of the kernel before it in the stream has called
 // let_next_kernel_start() or ended. wait_for_previous_kernel() returns when that kernel has ended and its writes are
 // visible.
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ---- shared-memory tiles ---------------------------------------------------------------------------------------
@@ -144,13 +145,13 @@ template <size_t... I>
 __device__ __forceinline__ void wgmma_n64_impl(float (&d)[32], uint32_t const* a, uint64_t desc, GmmaScale scale_d,
                                                std::index_sequence<I...>) {
   cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::K>::fma(a[0], a[1], a[2], a[3], desc, d[I]...,
-                                                                                  scale_d);
+                                                                                 scale_d);
 }
 template <size_t... I>
 __device__ __forceinline__ void wgmma_n128_mn_impl(float (&d)[64], uint32_t const* a, uint64_t desc,
                                                    std::index_sequence<I...>) {
   cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::MN>::fma(a[0], a[1], a[2], a[3], desc,
-                                                                                    d[I]..., GmmaScale::One);
+                                                                                   d[I]..., GmmaScale::One);
 }
 
 // d[64 x 64] (+)= a[64 x kPanels*64] * B^T, B in `kPanels` K-major panels of 64 rows each.

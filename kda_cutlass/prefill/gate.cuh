@@ -1,8 +1,8 @@
 // The gate activations of DESIGN section 2, giving the log decay in base 2.
 #pragma once
 
-#include "params.h"
 #include "../sm90.cuh"
+#include "params.h"
 
 namespace kda {
 

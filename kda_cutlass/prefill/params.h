@@ -1,14 +1,14 @@
 // The contract between the torch binding (host, checks everything) and the prefill kernels (device, check nothing).
 #pragma once
 
-#include <cstdint>
-
 #include <cuda_runtime_api.h>
+
+#include <cstdint>
 
 namespace kda {
 
-constexpr int kHeadDim = 128;   // K = V, the only head dimension of the CUDA kernels
-constexpr int kChunk = 64;      // tokens a chunk
+constexpr int kHeadDim = 128;  // K = V, the only head dimension of the CUDA kernels
+constexpr int kChunk = 64;     // tokens a chunk
 
 enum class Dtype : int { kBf16 = 0, kFp32 = 1 };
 enum class Gate : int {
@@ -26,33 +26,33 @@ struct TensorView {
 };
 
 struct PrefillParams {
-  TensorView q, k, v, g;   // bf16, 16-byte aligned base and strides; g bf16 or fp32
-  TensorView beta;         // bf16 or fp32, any strides
+  TensorView q, k, v, g;  // bf16, 16-byte aligned base and strides; g bf16 or fp32
+  TensorView beta;        // bf16 or fp32, any strides
   Dtype g_dtype = Dtype::kBf16;
   Dtype beta_dtype = Dtype::kBf16;
 
-  void* out = nullptr;     // bf16 [B, T, HV, 128], strides as below, 16-byte aligned
+  void* out = nullptr;  // bf16 [B, T, HV, 128], strides as below, 16-byte aligned
   int64_t out_stride_batch = 0;
   int64_t out_stride_token = 0;
   int64_t out_stride_head = 0;
 
-  const float* A_log = nullptr;     // [HV] or null
-  const float* dt_bias = nullptr;   // [HV, 128] or null
+  const float* A_log = nullptr;    // [HV] or null
+  const float* dt_bias = nullptr;  // [HV, 128] or null
 
   const void* initial_state = nullptr;  // [N, HV, 128, 128] contiguous, or null for zero; may alias final_state
   void* final_state = nullptr;          // likewise, or null when not wanted
   Dtype initial_state_dtype = Dtype::kFp32;
   Dtype final_state_dtype = Dtype::kFp32;
-  bool state_v_first = false;           // [V, K] instead of [K, V]
+  bool state_v_first = false;  // [V, K] instead of [K, V]
 
-  const void* cu_seqlens = nullptr;     // [N + 1] int32 or int64, or null: N = B sequences of T tokens
+  const void* cu_seqlens = nullptr;  // [N + 1] int32 or int64, or null: N = B sequences of T tokens
   bool cu_seqlens_is_int64 = false;
 
-  int batch = 0;           // B (1 with cu_seqlens)
-  int64_t tokens = 0;      // T
-  int num_seqs = 0;        // N
-  int heads = 0;           // H, heads of q and k
-  int value_heads = 0;     // HV, heads of v, g, beta and the state; a multiple of H
+  int batch = 0;        // B (1 with cu_seqlens)
+  int64_t tokens = 0;   // T
+  int num_seqs = 0;     // N
+  int heads = 0;        // H, heads of q and k
+  int value_heads = 0;  // HV, heads of v, g, beta and the state; a multiple of H
 
   float scale = 1.f;
   float lower_bound = 0.f;
@@ -61,12 +61,12 @@ struct PrefillParams {
   bool beta_sigmoid = false;      // beta holds logits
   bool allow_neg_eigval = false;  // 2 * sigmoid
 
-  void* workspace = nullptr;      // 256-byte aligned
+  void* workspace = nullptr;  // 256-byte aligned
   int64_t workspace_bytes = 0;
 };
 
-// Bytes of workspace below which a call cannot run; more, up to the full size, lets it run in fewer launches.
-// Mirrored by flash_kda.prefill.workspace_size, which tests compare against this.
+// Bytes of workspace that a call needs, at most 256 MiB (or one chunk of every head, where that is more); with more it
+// may run in fewer launches. Mirrored by flash_kda.prefill.workspace_size, which tests compare against this.
 int64_t prefill_workspace_size(int64_t tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed);
 
 // Launches the prefill on `stream`. Returns the first CUDA error of the launches.

@@ -1,9 +1,9 @@
 // Host side of the prefill: the slabs, the shape-to-schedule choice and the launches.
-#include <algorithm>
-#include <cstring>
-
 #include <cuda.h>
 #include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
 
 #include "prepare.cuh"
 #include "recurrence.cuh"
@@ -12,18 +12,18 @@ namespace kda {
 namespace {
 
 constexpr int64_t kWorkspaceLimit = int64_t(256) << 20;
-constexpr int64_t kLeastSlab = 64;    // slots, below which a slab is not worth its launches
+constexpr int64_t kLeastSlab = 64;     // slots, below which a slab is not worth its launches
 constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
 
 // The chunks of a call go through the workspace in slabs: prepare fills one, recurrence empties it. With two buffers the
 // prepare of a slab runs beside the recurrence of the one before, on the SMs that it leaves free.
 struct Schedule {
-  int slots;                // of all sequences
-  int slab_slots;           // of one pair of launches
-  int buffers;              // slabs that lie in the workspace at a time
-  bool split_values;        // two CTAs a head in the recurrence
-  int64_t records_bytes;    // of one slab
-  int64_t carry_bytes;      // of the states of all heads that one slab hands to the next; two of them, used in turn
+  int slots;              // of all sequences
+  int slab_slots;         // of one pair of launches
+  int buffers;            // slabs that lie in the workspace at a time
+  bool split_values;      // two CTAs a head in the recurrence
+  int64_t records_bytes;  // of one slab
+  int64_t carry_bytes;    // of the states of all heads that one slab hands to the next; two of them, used in turn
 };
 
 int64_t slot_count(int64_t tokens, int batch, int num_seqs, bool packed) {
@@ -48,8 +48,8 @@ Schedule make_schedule(int64_t slots, int num_seqs, int value_heads, int64_t wor
   int const buffers = slots > kLeastSlab && capacity > 1 && 4 * ctas < 3 * sms ? 2 : 1;
   if (buffers == 2) slabs = slabs_of(std::min({std::max(kLeastSlab, slots / 2), capacity / 2, kMostSlots}));
   int64_t const slab_slots = (slots + slabs - 1) / slabs;  // of about equal size
-  return {static_cast<int>(slots), static_cast<int>(slab_slots), buffers, split(chains_of(slabs)),
-          slab_slots * slot_bytes(value_heads), carry_bytes(value_heads)};
+  return {static_cast<int>(slots), static_cast<int>(slab_slots),         buffers,
+          split(chains_of(slabs)), slab_slots * slot_bytes(value_heads), carry_bytes(value_heads)};
 }
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
@@ -72,7 +72,8 @@ cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams
   auto const encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
   constexpr int64_t kElement = sizeof(bf16);
-  auto stride = [](int64_t elements, int64_t extent) {  // a dimension of one element may have any stride: give it a legal one
+  auto stride = [](int64_t elements,
+                   int64_t extent) {  // a dimension of one element may have any stride: give it a legal one
     return static_cast<cuuint64_t>((extent > 1 ? elements : kHeadDim) * kElement);
   };
   int64_t const tokens = std::max<int64_t>(p.tokens, 1);
@@ -88,15 +89,23 @@ cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <class Kernel>
-cudaError_t allow_shared_memory(Kernel kernel, size_t bytes) {  // once a kernel and process
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+template <auto kKernel>
+cudaError_t allow_shared_memory(size_t bytes) {  // once a kernel and device
+  constexpr int kDevices = 64;
+  static std::atomic<bool> allowed[kDevices] = {};
+  int device = 0;
+  if (cudaError_t const error = cudaGetDevice(&device)) return error;
+  if (device < kDevices && allowed[device].load(std::memory_order_relaxed)) return cudaSuccess;
+  cudaError_t const error =
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess && device < kDevices) allowed[device].store(true, std::memory_order_relaxed);
+  return error;
 }
 
 // With `overlap` the kernel starts once all CTAs of the one before it in the stream have let it (sm90.cuh).
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t smem_bytes, bool overlap, Params const& params,
-                   cudaStream_t stream) {
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t smem_bytes, bool overlap,
+                   Params const& params, cudaStream_t stream) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -112,9 +121,9 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t smem_b
 
 template <Gate kGate>
 cudaError_t launch_prepare(PrepareParams const& params, bool overlap, cudaStream_t stream) {
-  static cudaError_t const allowed = allow_shared_memory(prepare_kernel<kGate>, sizeof(PrepareSmem));
-  if (allowed != cudaSuccess) return allowed;
-  dim3 const grid(params.value_heads, params.slab.end - params.slab.begin);  // neighbouring heads together, for DRAM's sake
+  if (cudaError_t const error = allow_shared_memory<prepare_kernel<kGate>>(sizeof(PrepareSmem))) return error;
+  dim3 const grid(params.value_heads,
+                  params.slab.end - params.slab.begin);  // neighbouring heads together, for DRAM's sake
   return launch(prepare_kernel<kGate>, grid, kPrepareThreads, sizeof(PrepareSmem), overlap, params, stream);
 }
 
@@ -123,8 +132,7 @@ cudaError_t launch_recurrence(RecurrenceParams const& params, cudaStream_t strea
   using Shape = RecurrenceShape<kWarpgroups>;
   constexpr size_t kSmem = sizeof(RecurrenceSmem<kWarpgroups>);
   static_assert(kSmem <= 227 * 1024);
-  static cudaError_t const allowed = allow_shared_memory(recurrence_kernel<kWarpgroups>, kSmem);
-  if (allowed != cudaSuccess) return allowed;
+  if (cudaError_t const error = allow_shared_memory<recurrence_kernel<kWarpgroups>>(kSmem)) return error;
   dim3 const grid(static_cast<unsigned>(int64_t(params.sequences.num_seqs) * params.value_heads * Shape::kSlices));
   return launch(recurrence_kernel<kWarpgroups>, grid, Shape::kThreads, kSmem, true, params, stream);
 }
@@ -158,13 +166,38 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
     return reinterpret_cast<float*>(static_cast<char*>(p.workspace) + (index & 1) * schedule.carry_bytes);
   };
 
-  PrepareParams prepare = {{}, {}, p.g, p.beta, p.g_dtype == Dtype::kFp32, p.beta_dtype == Dtype::kFp32,
-                           p.A_log, p.dt_bias, sequences, {}, p.value_heads, p.value_heads / p.heads, p.scale,
-                           p.lower_bound, p.qk_l2norm, p.beta_sigmoid, p.allow_neg_eigval};
-  RecurrenceParams recurrence = {{}, {}, sequences, {}, p.value_heads, p.initial_state, p.final_state,
-                                 p.initial_state_dtype == Dtype::kFp32, p.final_state_dtype == Dtype::kFp32,
-                                 p.state_v_first, static_cast<bf16*>(p.out), p.out_stride_batch, p.out_stride_token,
-                                 p.out_stride_head, static_cast<int>(std::max<int64_t>(p.tokens, 1))};
+  PrepareParams prepare = {{},
+                           {},
+                           p.g,
+                           p.beta,
+                           p.g_dtype == Dtype::kFp32,
+                           p.beta_dtype == Dtype::kFp32,
+                           p.A_log,
+                           p.dt_bias,
+                           sequences,
+                           {},
+                           p.value_heads,
+                           p.value_heads / p.heads,
+                           p.scale,
+                           p.lower_bound,
+                           p.qk_l2norm,
+                           p.beta_sigmoid,
+                           p.allow_neg_eigval};
+  RecurrenceParams recurrence = {{},
+                                 {},
+                                 sequences,
+                                 {},
+                                 p.value_heads,
+                                 p.initial_state,
+                                 p.final_state,
+                                 p.initial_state_dtype == Dtype::kFp32,
+                                 p.final_state_dtype == Dtype::kFp32,
+                                 p.state_v_first,
+                                 static_cast<bf16*>(p.out),
+                                 p.out_stride_batch,
+                                 p.out_stride_token,
+                                 p.out_stride_head,
+                                 static_cast<int>(std::max<int64_t>(p.tokens, 1))};
   if (cudaError_t const error = encode_boxes(prepare.q_map, p.q, p, p.heads, kChunk)) return error;
   if (cudaError_t const error = encode_boxes(prepare.k_map, p.k, p, p.heads, kChunk)) return error;
   if (cudaError_t const error = encode_boxes(recurrence.v_map, p.v, p, p.value_heads, kChunk)) return error;
@@ -178,13 +211,14 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
     prepare.slab = recurrence.slab = slab;
     bool const overlap = index > 0 && schedule.buffers == 2;
     if (slab.end > slab.begin) {
-      cudaError_t const error = p.gate == Gate::kSoftplus     ? launch_prepare<Gate::kSoftplus>(prepare, overlap, stream)
-                                : p.gate == Gate::kLowerBound ? launch_prepare<Gate::kLowerBound>(prepare, overlap, stream)
-                                                              : launch_prepare<Gate::kGiven>(prepare, overlap, stream);
+      cudaError_t const error = p.gate == Gate::kSoftplus ? launch_prepare<Gate::kSoftplus>(prepare, overlap, stream)
+                                : p.gate == Gate::kLowerBound
+                                    ? launch_prepare<Gate::kLowerBound>(prepare, overlap, stream)
+                                    : launch_prepare<Gate::kGiven>(prepare, overlap, stream);
       if (error != cudaSuccess) return error;
     }
-    cudaError_t const error = schedule.split_values ? launch_recurrence<1>(recurrence, stream)
-                                                    : launch_recurrence<2>(recurrence, stream);
+    cudaError_t const error =
+        schedule.split_values ? launch_recurrence<1>(recurrence, stream) : launch_recurrence<2>(recurrence, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

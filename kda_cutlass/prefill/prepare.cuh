@@ -2,11 +2,12 @@
 //
 // One CTA of 16 warps takes one chunk of one value head. Warp w works on the 8 tokens of run w / 2 and the 64 channels
 // of half w % 2; a lane owns two neighbouring channels and walks the run's tokens, so cumulative decays are running
-// sums in registers. Two runs are a block of 16 tokens. Every pair (i, j) of the chunk's two 64 x 64 products is factored through an anchor
-// between i and j (DESIGN section 3), so both factors are at most 1 whatever the gate:
-//   blocks below the diagonal: row factor  a_i = exp(G_i - G_start(block i)),  column factor c_j = exp(G_end(block j) - G_j),
-//                              and for blocks further apart the decay of the blocks between, folded into one side;
-//   diagonal blocks:           anchored between the two runs, with the log decay of one token clamped to -10.
+// sums in registers. Two runs are a block of 16 tokens. Every pair (i, j) of the chunk's two 64 x 64 products is factored
+// through an anchor between i and j, so that no factor overflows whatever the gate:
+//   blocks below the diagonal: row factor exp(G_i - G_start(block i)), column factor exp(G_end(block j) - G_j), both at
+//                              most 1, and for blocks further apart the decay of the block between, folded into one side;
+//   diagonal blocks:           anchored between the two runs, with the log decay of one token clamped to -10, so that both
+//                              factors stay within e^+-80; what the clamp lets through is under the rounding of bf16.
 #pragma once
 
 #include <cuda.h>
@@ -25,16 +26,16 @@ constexpr float kDiagonalClamp = -10.f * kLog2e;  // lets through at most e^-10,
 
 // bf16 operands, each of four tiles of 16 tokens x 128 channels, as two panels of 64 channels.
 enum Operand : int {
-  kDiagonalQ,    // tiles: the blocks. Row factors of q and k, column factor of k; first q and k themselves
+  kDiagonalQ,  // tiles: the blocks. Row factors of q and k, column factor of k; first q and k themselves
   kDiagonalK,
   kDiagonalCol,
-  kRowQ,         // tiles: blocks 1, 2, 3 and block 3 seen across block 2
+  kRowQ,  // tiles: blocks 1, 2, 3 and block 3 seen across block 2
   kRowK,
-  kColK,         // tiles: block 0, block 0 seen across block 1, blocks 1 and 2
+  kColK,  // tiles: block 0, block 0 seen across block 1, blocks 1 and 2
   kOperands
 };
 constexpr int kRowFar = 3, kColFar = 1;
-constexpr int kTileBytes = kBlock * kPanelRowBytes;     // of one panel
+constexpr int kTileBytes = kBlock * kPanelRowBytes;  // of one panel
 constexpr int kPanelBytes = kChunk * kPanelRowBytes;
 constexpr int kOperandBytes = 2 * kPanelBytes;
 
@@ -43,11 +44,11 @@ using Block = float[kBlock * kBlockPitch];
 
 struct PrepareSmem {
   alignas(1024) char operands[kOperands][2][kPanelBytes];
-  alignas(8) uint64_t loaded;           // q and k
-  Block a_below[6];                     // beta_i Akk of the blocks below the diagonal, see below_index()
-  float total[kRuns][kHeadDim];         // log2 decay of a whole run
-  float square_sum[2][kChunk];          // of q and of k, per token
-  float4 token_scale[2][kChunk];        // factor of q, factor of k, beta times that, unused; a copy for each half
+  alignas(8) uint64_t loaded;     // q and k
+  Block a_below[6];               // beta_i Akk of the blocks below the diagonal, see below_index()
+  float total[kRuns][kHeadDim];   // log2 decay of a whole run
+  float square_sum[2][kChunk];    // of q and of k, per token
+  float4 token_scale[2][kChunk];  // factor of q, factor of k, beta times that, unused; a copy for each half
   float beta[kChunk];
   // Reused once their operand tiles are read, the diagonal ones by the warp that read them.
   __device__ Block& diagonal_a(int b) { return *reinterpret_cast<Block*>(operands[kDiagonalQ][0] + b * kTileBytes); }
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
   int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   int const run = warp / 2, block = run / 2, half = warp % 2, channel = 64 * half + 2 * lane;
 
-  let_next_kernel_start();  // the recurrence of this slab, which waits for all CTAs, may take the SMs that the last leave free
+  let_next_kernel_start();  // the recurrence of this slab may take SMs that fall idle; it waits for all CTAs
 
   // ---- which chunk, which head
   int const head = blockIdx.x, slot = p.slab.begin + static_cast<int>(blockIdx.y);
@@ -363,8 +364,8 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
 
   // ---- decays of the other runs and blocks
   bool const odd_run = run & 1, has_row = block > 0, is_last = block == kBlocks - 1, is_first = block == 0;
-  float2 before = make_float2(0.f, 0.f), after = before;       // of the block's other run, if it lies before or after
-  float2 prefix = before, suffix = before, middle = before;    // of the blocks before, after, and next towards the middle
+  float2 before = make_float2(0.f, 0.f), after = before;     // of the block's other run, if it lies before or after
+  float2 prefix = before, suffix = before, middle = before;  // of the blocks before, after, and next towards the middle
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
     float2 const total = *reinterpret_cast<float2 const*>(&smem.total[r][channel]);
@@ -446,12 +447,13 @@ __global__ void __launch_bounds__(kPrepareThreads, 2) prepare_kernel(const __gri
       float2 const k = unpacked(load_word<kDiagonalK * kOperandBytes + kRow>(word));
       float2 const kc = times(k, exp2_pair(sum));
       uint64_t const out = record_word ^ i << 4;
-      store_word_global<offsetof(Record, k_remaining) + kRow>(
-          out, scaled(times(kc, suffix), token_scale[i].y));
+      store_word_global<offsetof(Record, k_remaining) + kRow>(out, scaled(times(kc, suffix), token_scale[i].y));
       if (!is_last) store_word<kRow>(col_tile ^ i << 4, packed(kc));
-      if (is_first) store_word<kRow + kColK * kOperandBytes + kColFar * kTileBytes>(first_tile ^ i << 4, packed(times(kc, middle)));
+      if (is_first)
+        store_word<kRow + kColK * kOperandBytes + kColFar * kTileBytes>(first_tile ^ i << 4, packed(times(kc, middle)));
       float2 const down = exp2_pair(from_middle), up = exp2_pair(make_float2(-from_middle.x, -from_middle.y));
-      store_word<kDiagonalQ * kOperandBytes + kRow>(word, packed(times(q, down)));  // over q and k, read for the last time
+      store_word<kDiagonalQ * kOperandBytes + kRow>(word,
+                                                    packed(times(q, down)));  // over q and k, read for the last time
       store_word<kDiagonalK * kOperandBytes + kRow>(word, packed(times(k, down)));
       store_word<kDiagonalCol * kOperandBytes + kRow>(word, packed(times(k, up)));
       float2 const own = clamped(g[i]);

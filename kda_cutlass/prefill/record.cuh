@@ -1,8 +1,8 @@
 // What the prepare kernel leaves for the recurrence kernel, and which chunk of which sequence lies where.
 #pragma once
 
-#include "params.h"
 #include "../sm90.cuh"
+#include "params.h"
 
 namespace kda {
 
@@ -19,11 +19,11 @@ struct ChunkFactors {
   }
 };
 struct Record {
-  char k_decayed[2][64 * kPanelRowBytes];  // -beta_i k_i exp(G_i)     [token, key channel], two panels of 64 channels
-  char q_decayed[2][64 * kPanelRowBytes];  // scale q_i exp(G_i)
+  char k_decayed[2][64 * kPanelRowBytes];    // -beta_i k_i exp(G_i)     [token, key channel], two panels of 64 channels
+  char q_decayed[2][64 * kPanelRowBytes];    // scale q_i exp(G_i)
   char k_remaining[2][64 * kPanelRowBytes];  // k_j exp(G_end - G_j)
-  char t[64 * kPanelRowBytes];             // (I + Akk)^-1             [token i, token j]
-  char a_qk[64 * kPanelRowBytes];          // Aqk, lower triangle with the diagonal
+  char t[64 * kPanelRowBytes];               // (I + Akk)^-1             [token i, token j]
+  char a_qk[64 * kPanelRowBytes];            // Aqk, lower triangle with the diagonal
   ChunkFactors factors;
 };
 constexpr int kRecordPanelBytes = 8 * 64 * kPanelRowBytes;
@@ -75,8 +75,8 @@ struct Sequences {
 // `end` is carried in the workspace (two buffers, used in turn).
 struct Slab {
   int begin, end;
-  Record* records;      // [end - begin][HV]
-  float* carry_in;      // [HV][V][K]
+  Record* records;  // [end - begin][HV]
+  float* carry_in;  // [HV][V][K]
   float* carry_out;
 };
 

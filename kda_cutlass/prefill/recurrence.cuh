@@ -12,7 +12,6 @@
 #pragma once
 
 #include <cuda.h>
-
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "record.cuh"
@@ -26,7 +25,7 @@ struct RecurrenceShape {
   // Behind the consumers: one warp feeds the ring, one a warpgroup writes outputs. Beside two consumer warpgroups they
   // come as a warpgroup, so that setmaxnreg can move the registers to where the state is.
   static constexpr int kThreads = 128 * kWarpgroups + (kWarpgroups == 1 ? 64 : 128);
-  static constexpr int kStages = kWarpgroups == 1 ? 3 : 2;  // what 227 KB hold
+  static constexpr int kStages = kWarpgroups == 1 ? 3 : 2;               // what 227 KB hold
   static constexpr int kSlices = kHeadDim / (kValueTile * kWarpgroups);  // CTAs a head
 };
 
@@ -43,7 +42,7 @@ struct RecurrenceSmem {
   static_assert(sizeof(Operands) == kRecordPanelBytes);
   alignas(1024) Operands operands[Shape::kStages];
   alignas(1024) char v[Shape::kStages][kWarpgroups][64 * kPanelRowBytes];  // [token, value channel]
-  alignas(1024) char out[kWarpgroups][64 * kPanelRowBytes];  // [token, value channel]
+  alignas(1024) char out[kWarpgroups][64 * kPanelRowBytes];                // [token, value channel]
   alignas(16) ChunkFactors factors[Shape::kStages];
   alignas(16) float no_decay[kHeadDim];  // ones, for after the last chunk
   alignas(8) uint64_t full[Shape::kStages];
@@ -306,7 +305,9 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     cute::warpgroup_wait<1>();
     fence_registers(s);
     pack_operand(s_operand, s);
-    decay_state(last ? smem.no_decay : smem.factors[next_stage].decay);  // not behind the next product: ptxas would wait for that one first
+    decay_state(
+        last ? smem.no_decay
+             : smem.factors[next_stage].decay);  // not behind the next product: ptxas would wait for that one first
 
     cute::warpgroup_wait<0>();
     fence_registers(o);
