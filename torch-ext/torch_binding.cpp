@@ -169,10 +169,11 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
   params.state_v_first = state_v_first;
 
   params.batch = narrow(B, "B");
-  params.tokens = T;
+  params.tokens = narrow(T, "T");  // TMA coordinates
   params.num_seqs = narrow(N, "N");
   params.heads = narrow(H, "H");
   params.value_heads = narrow(HV, "HV");
+  narrow(2 * N * HV, "2 * N * HV");  // CTAs of the recurrence
   params.scale = static_cast<float>(scale);
   params.qk_l2norm = use_qk_l2norm_in_kernel;
   params.beta_sigmoid = use_beta_sigmoid_in_kernel;
