@@ -203,8 +203,6 @@ def extreme(p, case, T=200):
 
 @pytest.mark.parametrize("case", ["A-200", "resets", "token-resets", "zero", "minus-infinity", "slow-then-steep"])
 def test_extreme_given_gates(kernel, p, case):
-    if p.on_kernel and case == "minus-infinity":
-        pytest.skip("the kernel adds log decays up, and infinite ones have no difference")
     args = extreme(p, case)
     check(kernel, p, {**args, "initial_state": make_state(p, args)})
 
@@ -222,14 +220,16 @@ def test_extreme_raw_gates(kernel, p, gate, x):
 def test_equal_keys(kernel, p, beta):
     """64 equal keys in a row, where powers of the chunk's system blow up and only substitution holds.
 
-    At beta = 2 each token reflects the state: the inverse of the system is full of +-2, so any chunk of 64 amplifies
-    the rounding of its products by about that, and the bound allows for it.
+    Errors add up along the row of equal keys, and at beta = 2, where each token reflects the state and the inverse of
+    the system is full of +-2, more so. The chunk form in fp64 with nothing but its operands rounded to bf16 gives, on
+    these inputs, .0066 and .0062 (output, state) at beta = 1 and .0231 and .0234 at beta = 2: the kernel's bounds are
+    1.3 to 1.7 times that.
     """
     args = make(p, T=192, gate="given", beta="step", l2norm=False)
     args["k"][:, 64:128] = args["k"][:, 64:65]
     args["g"] = args["g"] * 1e-3
     args["beta"][:, 64:128] = beta
-    check(kernel, p, args, tol=(2 if p.on_kernel else 1) if beta == 1 else 20)
+    check(kernel, p, args, tol={1.0: 2, 2.0: 8}[beta] if p.on_kernel else {1.0: 1, 2.0: 20}[beta])
 
 
 def test_large_values(kernel, p):

@@ -8,7 +8,6 @@ import copy
 import functools
 import json
 import logging
-import math
 import operator
 import os
 import re
@@ -104,11 +103,8 @@ def test_fp32_logits_are_the_original_ones(kernel, device, family, way, softplus
 @by_family
 @pytest.mark.parametrize("way", WAYS)
 def test_bf16_logits_are_no_further_from_fp32_than_before(kernel, device, family, way, caplog):
-    """The error of both is that of bf16 projections; 3 % is how far two independent roundings of them lie apart.
-
-    On a Hopper GPU this is the CUDA kernel, whose operands are bf16, against transformers' own fp32 recurrence (or FLA's
-    kernels, where FLA is installed): three KDA layers then add 4.3e-3 each, independently, to the error of the projections.
-    """
+    """The error of both is that of bf16 projections; 3 % is how far two independent roundings of them lie apart. On a Hopper
+    GPU this is the CUDA kernel."""
     caplog.set_level(logging.INFO, "flash_kda")
     model, ids = tiny_model(family, head_dim=128).to(device), random_ids(3, 130, device=device)
     expected = WAYS[way](model, ids)
@@ -117,9 +113,8 @@ def test_bf16_logits_are_no_further_from_fp32_than_before(kernel, device, family
     with kernelized(model, kernel.kernel_mapping()):
         assert_replaced(kernel, model)
         after = relative_error(WAYS[way](model, ids), expected)
-    on_kernel = has_cuda_kernel(kernel, device)
-    assert after < math.hypot(1.03 * before, 3**0.5 * 4.3e-3 if on_kernel else 0)
-    assert paths_taken(caplog) == {"cuda prefill" if on_kernel else "pytorch"}
+    assert after < 1.03 * before
+    assert paths_taken(caplog) == {"cuda prefill" if has_cuda_kernel(kernel, device) else "pytorch"}
 
 
 @by_family
