@@ -48,6 +48,12 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // (lo, hi) rounded to nearest and packed, lo in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
   uint32_t packed;
@@ -56,6 +62,11 @@ __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
 }
 __device__ __forceinline__ float unpack_lo(uint32_t packed) { return __uint_as_float(packed << 16); }
 __device__ __forceinline__ float unpack_hi(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
+
+__device__ __forceinline__ __nv_bfloat162 bits_as_bf16x2(uint32_t bits) {
+  return *reinterpret_cast<__nv_bfloat162*>(&bits);
+}
+__device__ __forceinline__ uint32_t bf16x2_as_bits(__nv_bfloat162 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
 
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t y;
@@ -103,6 +114,9 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], void const* smem) 
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], void const* smem) {
   cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(smem), r[0], r[1], r[2], r[3]);
+}
+__device__ __forceinline__ void stmatrix_x4(void* smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  cute::SM90_U32x4_STSM_N::copy(r0, r1, r2, r3, *reinterpret_cast<cute::uint128_t*>(smem));
 }
 __device__ __forceinline__ void stmatrix_x4_trans(void* smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   cute::SM90_U16x8_STSM_T::copy(r0, r1, r2, r3, *reinterpret_cast<cute::uint128_t*>(smem));

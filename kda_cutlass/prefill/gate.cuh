@@ -8,6 +8,8 @@ namespace kda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
+constexpr float kLeastLogDecay = -30000.f;  // log2, of one token: finite, because sums multiply it by 0
+
 // log2(1 + 2^y). Below 2^-6 the logarithm of 1 + u has lost u's digits, so a series takes over: its first term left
 // out is u^5 / 5, 1e-8 of the result.
 __device__ __forceinline__ float softplus_log2(float y) {
@@ -32,11 +34,21 @@ struct LogDecay {
     }
     offset = slope * dt_bias;
   }
-  __device__ __forceinline__ float operator()(float x) const {
-    if constexpr (kGate == Gate::kGiven) return x * kLog2e;
-    float const y = slope * x + offset;
-    if constexpr (kGate == Gate::kSoftplus) return height * softplus_log2(y);
-    return height * rcp_approx(1.f + exp2_approx(y));
+  __device__ __forceinline__ void add_to(float& sum, float x) const { add<1>(sum, x); }
+  __device__ __forceinline__ void subtract_from(float& sum, float x) const { add<-1>(sum, x); }
+
+ private:
+  template <int kSign>
+  __device__ __forceinline__ void add(float& sum, float x) const {
+    if constexpr (kGate == Gate::kGiven) {
+      sum += kSign * fmaxf(x * kLog2e, kLeastLogDecay);
+    } else {
+      float const y = slope * x + offset;
+      if constexpr (kGate == Gate::kSoftplus)
+        sum += kSign * fmaxf(height * softplus_log2(y), kLeastLogDecay);
+      else
+        sum += kSign * height * rcp_approx(1.f + exp2_approx(y));
+    }
   }
 };
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "fused.cuh"
 #include "prepare.cuh"
 #include "recurrence.cuh"
 
@@ -29,12 +30,13 @@ struct Schedule {
 int64_t slot_count(int64_t tokens, int batch, int num_seqs, bool packed) {
   return packed ? tokens / kChunk + num_seqs : batch * ((tokens + kChunk - 1) / kChunk);
 }
+constexpr int64_t kFlagBytes = 256;  // of the workspace, in front: Choice's answer
 int64_t slot_bytes(int value_heads) { return int64_t(value_heads) * kRecordBytes; }
 int64_t carry_bytes(int value_heads) { return int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float); }
 
 Schedule make_schedule(int64_t slots, int num_seqs, int value_heads, int64_t workspace_bytes, int sms) {
   int64_t const capacity =
-      std::max<int64_t>((workspace_bytes - 2 * carry_bytes(value_heads)) / slot_bytes(value_heads), 1);
+      std::max<int64_t>((workspace_bytes - kFlagBytes - 2 * carry_bytes(value_heads)) / slot_bytes(value_heads), 1);
   auto slabs_of = [&](int64_t most) { return std::max<int64_t>((slots + most - 1) / most, 1); };
   // Sequences and heads that a slab holds, when it holds as many sequences as its share of all slots.
   auto chains_of = [&](int64_t slabs) { return (num_seqs + slabs - 1) / slabs * value_heads; };
@@ -67,25 +69,26 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// A [B, T, heads, 128] bf16 tensor as boxes of `box_tokens` x 64 channels of one head, which land as rows of panels.
-cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams const& p, int heads, int box_tokens) {
+// A [B, T, heads, 128] tensor as boxes of `box_tokens` tokens of one head, 128 bytes each, which land as rows of panels.
+cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams const& p, int heads, int box_tokens,
+                         bool fp32 = false) {
   auto const encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
-  constexpr int64_t kElement = sizeof(bf16);
-  auto stride = [](int64_t elements,
-                   int64_t extent) {  // a dimension of one element may have any stride: give it a legal one
-    return static_cast<cuuint64_t>((extent > 1 ? elements : kHeadDim) * kElement);
+  int64_t const element = fp32 ? sizeof(float) : sizeof(bf16);
+  auto stride = [&](int64_t elements,
+                    int64_t extent) {  // a dimension of one element may have any stride: give it a legal one
+    return static_cast<cuuint64_t>((extent > 1 ? elements : kHeadDim) * element);
   };
   int64_t const tokens = std::max<int64_t>(p.tokens, 1);
   cuuint64_t const extents[4] = {kHeadDim, cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(p.batch)};
   cuuint64_t const strides[3] = {stride(view.stride_head, heads), stride(view.stride_token, tokens),
                                  stride(view.stride_batch, p.batch)};
-  cuuint32_t const box[4] = {64, 1, cuuint32_t(box_tokens), 1};
+  cuuint32_t const box[4] = {cuuint32_t(kPanelRowBytes / element), 1, cuuint32_t(box_tokens), 1};
   cuuint32_t const element_strides[4] = {1, 1, 1, 1};
   CUresult const result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(view.data), extents, strides, box,
-             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(&map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+             const_cast<void*>(view.data), extents, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -119,12 +122,38 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t smem_b
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-template <Gate kGate>
+// Calls f(gate, fp32) with the call's gate mode and type of g as constants.
+template <class F>
+cudaError_t for_gate(PrefillParams const& p, F&& f) {
+  auto with_type = [&](auto gate) {
+    return p.g_dtype == Dtype::kFp32 ? f(gate, std::true_type{}) : f(gate, std::false_type{});
+  };
+  switch (p.gate) {
+    case Gate::kSoftplus:
+      return with_type(std::integral_constant<Gate, Gate::kSoftplus>{});
+    case Gate::kLowerBound:
+      return with_type(std::integral_constant<Gate, Gate::kLowerBound>{});
+    default:
+      return with_type(std::integral_constant<Gate, Gate::kGiven>{});
+  }
+}
+
+template <Gate kGate, bool kFp32Gate>
 cudaError_t launch_prepare(PrepareParams const& params, bool overlap, cudaStream_t stream) {
-  if (cudaError_t const error = allow_shared_memory<prepare_kernel<kGate>>(sizeof(PrepareSmem))) return error;
-  dim3 const grid(params.value_heads,
+  auto constexpr kKernel = prepare_kernel<kGate, kFp32Gate>;
+  if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(PrepareSmem))) return error;
+  dim3 const grid(params.chunk.value_heads,
                   params.slab.end - params.slab.begin);  // neighbouring heads together, for DRAM's sake
-  return launch(prepare_kernel<kGate>, grid, kPrepareThreads, sizeof(PrepareSmem), overlap, params, stream);
+  return launch(kKernel, grid, kChunkThreads, sizeof(PrepareSmem), overlap, params, stream);
+}
+
+template <Gate kGate, bool kFp32Gate>
+cudaError_t launch_fused(FusedParams const& params, int sms, cudaStream_t stream) {
+  auto constexpr kKernel = fused_kernel<kGate, kFp32Gate>;
+  if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(FusedSmem))) return error;
+  int64_t const chains = int64_t(params.chunk.sequences.num_seqs) * params.chunk.value_heads;
+  dim3 const grid(static_cast<unsigned>(std::min<int64_t>(chains, sms)));
+  return launch(kKernel, grid, kFusedThreads, sizeof(FusedSmem), false, params, stream);
 }
 
 template <int kWarpgroups>
@@ -147,12 +176,24 @@ int sm_count() {
   return count;
 }
 
+// Which kernels a call launches. Where sequences are packed their lengths decide, on the device: both, and one of them returns at
+// once.
+struct Schedules {
+  bool fused, split;
+};
+Schedules choose_schedules(PrefillParams const& p, int sms) {
+  int64_t const chains = int64_t(p.num_seqs) * p.value_heads;
+  int64_t const chunks_each = (p.tokens * p.batch / p.num_seqs + kChunk - 1) / kChunk;  // were they all of one length
+  if (!Choice::fused_pays(chunks_each, chunks_each * chains, chains, sms)) return {false, true};
+  return {true, p.cu_seqlens != nullptr && p.num_seqs > 1};
+}
+
 }  // namespace
 
 int64_t prefill_workspace_size(int64_t tokens, int batch, int num_seqs, int value_heads, bool packed) {
-  int64_t const carried = 2 * carry_bytes(value_heads);
-  int64_t const most = std::max<int64_t>((kWorkspaceLimit - carried) / slot_bytes(value_heads), 1);
-  return std::min(slot_count(tokens, batch, num_seqs, packed), most) * slot_bytes(value_heads) + carried;
+  int64_t const fixed = kFlagBytes + 2 * carry_bytes(value_heads);
+  int64_t const most = std::max<int64_t>((kWorkspaceLimit - fixed) / slot_bytes(value_heads), 1);
+  return std::min(slot_count(tokens, batch, num_seqs, packed), most) * slot_bytes(value_heads) + fixed;
 }
 
 cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
@@ -161,48 +202,49 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   Schedule const schedule = make_schedule(slots, p.num_seqs, p.value_heads, p.workspace_bytes, sm_count());
   Sequences const sequences = {p.cu_seqlens, p.cu_seqlens_is_int64, p.num_seqs,
                                static_cast<int>((p.tokens + kChunk - 1) / kChunk), p.tokens};
-  char* const records = static_cast<char*>(p.workspace) + 2 * schedule.carry_bytes;
-  auto carry = [&](int index) {
-    return reinterpret_cast<float*>(static_cast<char*>(p.workspace) + (index & 1) * schedule.carry_bytes);
-  };
+  char* const carries = static_cast<char*>(p.workspace) + kFlagBytes;
+  char* const records = carries + 2 * schedule.carry_bytes;
+  auto carry = [&](int index) { return reinterpret_cast<float*>(carries + (index & 1) * schedule.carry_bytes); };
 
-  PrepareParams prepare = {{},
-                           {},
-                           p.g,
-                           p.beta,
-                           p.g_dtype == Dtype::kFp32,
-                           p.beta_dtype == Dtype::kFp32,
-                           p.A_log,
-                           p.dt_bias,
-                           sequences,
-                           {},
-                           p.value_heads,
-                           p.value_heads / p.heads,
-                           p.scale,
-                           p.lower_bound,
-                           p.qk_l2norm,
-                           p.beta_sigmoid,
-                           p.allow_neg_eigval};
-  RecurrenceParams recurrence = {{},
-                                 {},
-                                 sequences,
-                                 {},
-                                 p.value_heads,
-                                 p.initial_state,
-                                 p.final_state,
-                                 p.initial_state_dtype == Dtype::kFp32,
-                                 p.final_state_dtype == Dtype::kFp32,
-                                 p.state_v_first,
-                                 static_cast<bf16*>(p.out),
-                                 p.out_stride_batch,
-                                 p.out_stride_token,
-                                 p.out_stride_head,
-                                 static_cast<int>(std::max<int64_t>(p.tokens, 1))};
-  if (cudaError_t const error = encode_boxes(prepare.q_map, p.q, p, p.heads, kChunk)) return error;
-  if (cudaError_t const error = encode_boxes(prepare.k_map, p.k, p, p.heads, kChunk)) return error;
-  if (cudaError_t const error = encode_boxes(recurrence.v_map, p.v, p, p.value_heads, kChunk)) return error;
-  if (cudaError_t const error = encode_boxes(recurrence.v_token_map, p.v, p, p.value_heads, 1)) return error;
+  ChunkParams chunk = {{},
+                       {},
+                       {},
+                       p.beta,
+                       p.beta_dtype == Dtype::kFp32,
+                       p.A_log,
+                       p.dt_bias,
+                       sequences,
+                       p.value_heads,
+                       p.value_heads / p.heads,
+                       p.scale,
+                       p.lower_bound,
+                       p.qk_l2norm,
+                       p.beta_sigmoid,
+                       p.allow_neg_eigval};
+  StateParams const state = {p.initial_state, p.final_state, p.initial_state_dtype == Dtype::kFp32,
+                             p.final_state_dtype == Dtype::kFp32, p.state_v_first};
+  OutputParams const out = {static_cast<bf16*>(p.out), p.out_stride_batch, p.out_stride_token, p.out_stride_head};
+  int const tensor_tokens = static_cast<int>(std::max<int64_t>(p.tokens, 1));
+  CUtensorMap v_map, v_token_map;
+  if (cudaError_t const error = encode_boxes(chunk.q_map, p.q, p, p.heads, kChunk)) return error;
+  if (cudaError_t const error = encode_boxes(chunk.k_map, p.k, p, p.heads, kChunk)) return error;
+  if (cudaError_t const error = encode_boxes(chunk.g_map, p.g, p, p.value_heads, kChunk, p.g_dtype == Dtype::kFp32))
+    return error;
+  if (cudaError_t const error = encode_boxes(v_map, p.v, p, p.value_heads, kChunk)) return error;
+  if (cudaError_t const error = encode_boxes(v_token_map, p.v, p, p.value_heads, 1)) return error;
 
+  Schedules const schedules = choose_schedules(p, sm_count());
+  int* const taken = schedules.fused && schedules.split ? static_cast<int*>(p.workspace) : nullptr;
+  if (schedules.fused) {
+    FusedParams const params = {chunk, v_map, v_token_map, state, out, tensor_tokens, taken};
+    cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
+      return launch_fused<decltype(gate)::value, decltype(fp32)::value>(params, sm_count(), stream);
+    });
+    if (error != cudaSuccess || !schedules.split) return error;
+  }
+
+  PrepareParams prepare = {chunk, {}, taken};
+  RecurrenceParams recurrence = {v_map, v_token_map, sequences, {}, taken, p.value_heads, state, out, tensor_tokens};
   int index = 0;
   for (int begin = 0; begin < schedule.slots || index == 0; begin += schedule.slab_slots, ++index) {
     Slab const slab = {begin, std::min(begin + schedule.slab_slots, schedule.slots),
@@ -211,10 +253,9 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
     prepare.slab = recurrence.slab = slab;
     bool const overlap = index > 0 && schedule.buffers == 2;
     if (slab.end > slab.begin) {
-      cudaError_t const error = p.gate == Gate::kSoftplus ? launch_prepare<Gate::kSoftplus>(prepare, overlap, stream)
-                                : p.gate == Gate::kLowerBound
-                                    ? launch_prepare<Gate::kLowerBound>(prepare, overlap, stream)
-                                    : launch_prepare<Gate::kGiven>(prepare, overlap, stream);
+      cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
+        return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, overlap, stream);
+      });
       if (error != cudaSuccess) return error;
     }
     cudaError_t const error =

@@ -12,18 +12,20 @@ namespace kda {
 // kept in the order (j / 2, c, j % 2, e), so that it reads four at a time and a warp's reads lie side by side.
 struct ChunkFactors {
   float decay[kHeadDim];  // exp(G_end)
-  float beta[kChunk];     // 0 past the end of the sequence
+  float beta[kChunk];     // times r; 0 past the end of the sequence
 
   static __device__ __forceinline__ constexpr int index(int n) {
     return (n & ~15) | (n >> 1 & 3) << 2 | (n >> 3 & 1) << 1 | (n & 1);
   }
 };
 struct Record {
-  char k_decayed[2][64 * kPanelRowBytes];    // -beta_i k_i exp(G_i)     [token, key channel], two panels of 64 channels
-  char q_decayed[2][64 * kPanelRowBytes];    // scale q_i exp(G_i)
+  // With r_i = 1 / |k_i| where keys are normalised, else 1; see chunk.cuh.
+  char k_decayed[2]
+                [64 * kPanelRowBytes];  // -beta_i r_i^2 k_i exp(G_i)  [token, key channel], two panels of 64 channels
+  char q_decayed[2][64 * kPanelRowBytes];    // scale q_i exp(G_i), q normalised if asked
   char k_remaining[2][64 * kPanelRowBytes];  // k_j exp(G_end - G_j)
-  char t[64 * kPanelRowBytes];               // (I + Akk)^-1             [token i, token j]
-  char a_qk[64 * kPanelRowBytes];            // Aqk, lower triangle with the diagonal
+  char t[64 * kPanelRowBytes];               // (I + Akk)^-1_ij r_i / r_j   [token i, token j]
+  char a_qk[64 * kPanelRowBytes];            // Aqk_ij / r_j, lower triangle with the diagonal
   ChunkFactors factors;
 };
 constexpr int kRecordPanelBytes = 8 * 64 * kPanelRowBytes;
@@ -68,6 +70,21 @@ struct Sequences {
       hi = min(lo + step, hi);
     }
     return lo;
+  }
+};
+
+// Which schedule a call of packed sequences takes depends on their lengths, which only the device knows: the fused kernel, launched
+// first, decides and leaves its answer for the others. Costs are measured ones, in microseconds on an H200.
+struct Choice {
+  static constexpr float kFusedChunk = 6.7f;   // of a chain in the fused kernel, one chain an SM
+  static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card
+  static constexpr float kSplitStep = 1.f;     // of a chain in the recurrence
+
+  static __host__ __device__ __forceinline__ bool fused_pays(int64_t longest, int64_t chunks, int64_t chains, int sms) {
+    float const even = float(chunks) / float(chains < sms ? chains : sms);
+    float const fused = kFusedChunk * (even > longest ? even : float(longest));
+    float const split = kSplitChunk * chunks, chain = kSplitStep * longest;
+    return fused < (split > chain ? split : chain);
   }
 };
 

@@ -14,11 +14,9 @@
 #include <cuda.h>
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "record.cuh"
+#include "state.cuh"
 
 namespace kda {
-
-constexpr int kValueTile = 64;  // value channels of a warpgroup
 
 template <int kWarpgroups>
 struct RecurrenceShape {
@@ -56,48 +54,12 @@ struct RecurrenceParams {
   CUtensorMap v_token_map;  // boxes of 64 channels of one token
   Sequences sequences;
   Slab slab;
+  int const* taken;  // not null: whether the fused kernel has done the call
   int value_heads;
-  const void* initial_state;
-  void* final_state;
-  bool initial_is_fp32, final_is_fp32, state_v_first;
-  bf16* out;
-  int64_t out_stride_batch, out_stride_token, out_stride_head;
+  StateParams state;
+  OutputParams out;
   int tensor_tokens;  // T
 };
-
-// Visits a thread's part of S^T, whose accumulator layout is: element 4j + 2h + e is value channel row + 8h, key
-// channel 8j + 2 (lane % 4) + e.
-template <class F>
-__device__ __forceinline__ void for_each_state_pair(int lane, F&& f) {
-#pragma unroll
-  for (int j = 0; j < kHeadDim / 8; ++j)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) f(4 * j + 2 * h, 8 * h, 8 * j + 2 * (lane & 3));
-}
-
-template <class T>
-__device__ __forceinline__ void load_state(float (&s)[64], T const* state, bool v_first, int value, int lane) {
-  for_each_state_pair(lane, [&](int e, int dv, int key) {
-    int const v = value + dv;
-    s[e] = static_cast<float>(v_first ? state[v * kHeadDim + key] : state[key * kHeadDim + v]);
-    s[e + 1] = static_cast<float>(v_first ? state[v * kHeadDim + key + 1] : state[(key + 1) * kHeadDim + v]);
-  });
-}
-template <class T>
-__device__ __forceinline__ void store_state(float const (&s)[64], T* state, bool v_first, int value, int lane) {
-  for_each_state_pair(lane, [&](int e, int dv, int key) {
-    int const v = value + dv;
-    state[v_first ? v * kHeadDim + key : key * kHeadDim + v] = static_cast<T>(s[e]);
-    state[v_first ? v * kHeadDim + key + 1 : (key + 1) * kHeadDim + v] = static_cast<T>(s[e + 1]);
-  });
-}
-
-// An accumulator is, pair by pair, the register layout of a left operand.
-template <int kCount>
-__device__ __forceinline__ void pack_operand(uint32_t (&packed)[kCount / 2], float const (&acc)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) packed[i] = pack_bf16(acc[2 * i], acc[2 * i + 1]);
-}
 
 template <int kWarpgroups>
 __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
@@ -111,6 +73,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   // takes its buffer, may start.
   wait_for_previous_kernel();
   let_next_kernel_start();
+  if (p.taken != nullptr && *p.taken) return;
 
   // ---- which sequence, head and slice of value channels; which of its chunks lie in this slab
   int const slice = blockIdx.x % Shape::kSlices;
@@ -179,13 +142,13 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     } else if (warp <= 4 * kWarpgroups + kWarpgroups) {
       // ---- writers: a warpgroup's outputs of a chunk, 128 bytes a token
       int const w = warp - 4 * kWarpgroups - 1, unit = lane % 8;
-      bf16* out = p.out + p.out_stride_batch * batch + p.out_stride_token * (first_chunk_token + lane / 8) +
-                  p.out_stride_head * head + kValueTile * (slice * kWarpgroups + w) + 8 * unit;
+      bf16* out = p.out.data + p.out.stride_batch * batch + p.out.stride_token * (first_chunk_token + lane / 8) +
+                  p.out.stride_head * head + kValueTile * (slice * kWarpgroups + w) + 8 * unit;
       int64_t tokens = first_token + length - first_chunk_token;
       for (int i = 0; i < steps; ++i, tokens -= kChunk) {
         EmptyBarrier::wait(&smem.out_full[w], i & 1);
 #pragma unroll 4
-        for (int row = lane / 8; row < kChunk; row += 4, out += 4 * p.out_stride_token)
+        for (int row = lane / 8; row < kChunk; row += 4, out += 4 * p.out.stride_token)
           if (row < tokens)
             *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4 const*>(smem.out[w] + panel_offset(row, unit));
         EmptyBarrier::arrive(&smem.out_empty[w]);
@@ -197,68 +160,26 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   // ---- consumers
   if constexpr (kWarpgroups > 1) cutlass::arch::warpgroup_reg_alloc<232>();
   int const warpgroup = warp / 4;
-  int const value = kValueTile * (slice * kWarpgroups + warpgroup) + 16 * (warp % 4) + (lane >> 2);
+  StateLanes const lanes(kValueTile * (slice * kWarpgroups + warpgroup), warp % 4, lane);
   int64_t const state_offset = (int64_t(seq) * p.value_heads + head) * kHeadDim * kHeadDim;
-  float s[64] = {};
-  if (begin > 0) {
-    load_state(s, p.slab.carry_in + int64_t(head) * kHeadDim * kHeadDim, true, value, lane);
-  } else if (p.initial_state != nullptr) {
-    if (p.initial_is_fp32)
-      load_state(s, static_cast<float const*>(p.initial_state) + state_offset, p.state_v_first, value, lane);
-    else
-      load_state(s, static_cast<bf16 const*>(p.initial_state) + state_offset, p.state_v_first, value, lane);
-  }
-
-  int const matrix = lane >> 3, matrix_row = lane & 7;
-  int const own_unit = 2 * (warp % 4) + (matrix & 1);  // 16-byte unit of a [token, value channel] panel row
-  uint32_t own_offset[4];  // of the four 8 x 8 x 4 pieces of a warp's 64 tokens x 16 channels
-#pragma unroll
-  for (int j = 0; j < 4; ++j) own_offset[j] = panel_offset(8 * (2 * j + (matrix >> 1)) + matrix_row, own_unit);
-  int const column = lane & 3;  // accumulator columns are 8j + 2 column + {0, 1}
-  auto decay_state = [&](float const* factors) {
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 16; ++j) {
-      float4 const decay = *reinterpret_cast<float4 const*>(&factors[16 * j + 4 * column]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        s[8 * j + 2 * h] *= decay.x;
-        s[8 * j + 2 * h + 1] *= decay.y;
-        s[8 * j + 4 + 2 * h] *= decay.z;
-        s[8 * j + 4 + 2 * h + 1] *= decay.w;
-      }
-    }
-  };
+  float s[64];
+  if (begin > 0)
+    load_state(s, p.slab.carry_in + int64_t(head) * kHeadDim * kHeadDim, true, lanes.value, lane);
+  else
+    lanes.load_initial(s, p.state, state_offset);
   float w[32], o[32], v_new[32];
   uint32_t s_operand[32], w_operand[16], v_operand[16], o_packed[16];
-  auto seed_with_values = [&](int stage) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      uint32_t r[4];
-      ldmatrix_x4_trans(r, smem.v[stage][warpgroup] + own_offset[j]);
-      float4 const beta = *reinterpret_cast<float4 const*>(&smem.factors[stage].beta[16 * j + 4 * column]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        w[8 * j + 2 * h] = unpack_lo(r[h]) * beta.x;
-        w[8 * j + 2 * h + 1] = unpack_hi(r[h]) * beta.y;
-        w[8 * j + 4 + 2 * h] = unpack_lo(r[2 + h]) * beta.z;
-        w[8 * j + 4 + 2 * h + 1] = unpack_hi(r[2 + h]) * beta.w;
-      }
-    }
-  };
   auto hand_out = [&](int chunks_before) {  // to the writer; the panel is free once the chunk before has left it
     EmptyBarrier::wait(&smem.out_empty[warpgroup], chunks_before & 1 ^ 1);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      stmatrix_x4_trans(smem.out[warpgroup] + own_offset[j], o_packed[4 * j], o_packed[4 * j + 1], o_packed[4 * j + 2],
-                        o_packed[4 * j + 3]);
+    lanes.store_output(smem.out[warpgroup], o_packed);
     EmptyBarrier::arrive(&smem.out_full[warpgroup]);
   };
 
   pack_operand(s_operand, s);
   if (steps > 0) {
     TransactionBarrier::wait(&smem.full[0], 0);
-    seed_with_values(0);
-    decay_state(smem.factors[0].decay);
+    lanes.seed_with_values(w, smem.v[0][warpgroup], smem.factors[0]);
+    lanes.decay(s, smem.factors[0].decay);
   }
   auto step = [&](auto stage_constant, int i, int phase) {
     constexpr int stage = decltype(stage_constant)::value;
@@ -301,13 +222,13 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     constexpr int next_stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
     bool const last = i + 1 == steps;
     if (!last) TransactionBarrier::wait(&smem.full[next_stage], phase ^ (next_stage == 0));
-    seed_with_values(next_stage);  // after the last chunk with anything: nobody uses it
+    lanes.seed_with_values(w, smem.v[next_stage][warpgroup],
+                           smem.factors[next_stage]);  // after the last chunk with anything: nobody uses it
     cute::warpgroup_wait<1>();
     fence_registers(s);
     pack_operand(s_operand, s);
-    decay_state(
-        last ? smem.no_decay
-             : smem.factors[next_stage].decay);  // not behind the next product: ptxas would wait for that one first
+    // Not behind the next product: ptxas would wait for that one first.
+    lanes.decay(s, last ? smem.no_decay : smem.factors[next_stage].decay);
 
     cute::warpgroup_wait<0>();
     fence_registers(o);
@@ -323,14 +244,10 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
 
   if (steps > 0) hand_out(steps - 1);
 
-  if (end < chunks) {
-    store_state(s, p.slab.carry_out + int64_t(head) * kHeadDim * kHeadDim, true, value, lane);
-  } else if (p.final_state != nullptr) {
-    if (p.final_is_fp32)
-      store_state(s, static_cast<float*>(p.final_state) + state_offset, p.state_v_first, value, lane);
-    else
-      store_state(s, static_cast<bf16*>(p.final_state) + state_offset, p.state_v_first, value, lane);
-  }
+  if (end < chunks)
+    store_state(s, p.slab.carry_out + int64_t(head) * kHeadDim * kHeadDim, true, lanes.value, lane);
+  else
+    lanes.store_final(s, p.state, state_offset);
 }
 
 }  // namespace kda

@@ -1,0 +1,761 @@
+// What can be made of a chunk of 64 tokens of one value head without the state, in two steps of eight warps each:
+// make_factors() makes k, q and g into operands of the recurrence and of the chunk's two 64 x 64 products; solve() multiplies
+// those and inverts I + Akk. One step may work on the next chunk while another's warps do the other.
+//
+// Warps b and b + 4 work on the block of 16 tokens b and half of the channels each. Log decays are summed along the tokens from
+// the block's middle, two channels a lane. Factors are then made 16 channels at a time in the register layout of a warp-level
+// MMA, so that they become operands of the products as they stand. Every pair (i, j) is factored through the middles of the two
+// tokens' blocks: exp(G_i - G_middle) for the row, exp(G_middle - G_j) times what lies between the middles for the column.
+//   Tame chunks, where no channel decays by more than 2^-60 over 8 tokens (a lower bound of -5 always is): the factors stay
+//   within 2^+-60, and the operands of the recurrence are products of them with decays per channel.
+//   Any others: in the factors of the pairs the log decay of a token is clamped to -10, so that they stay within e^+-80; what
+//   the clamp lets through is under the rounding of bf16. The operands of the recurrence come from sums of exponents.
+//
+// With L2-normalised keys k_i / |k_i|, keys stay as they are on the side that is summed over (columns of Akk and Aqk, K in
+// the state update), and 1 / |k_i| goes to W and V' instead: V'_i / |k_i| = sum_j T~_ij beta_j / |k_j| (v_j - ...), with T~
+// the inverse for Akk~_ij = Akk_ij |k_j| / |k_i|. So no rounding of k / |k| stands between a key written and a key read.
+#pragma once
+
+#include <cuda.h>
+
+#include "gate.cuh"
+#include "record.cuh"
+
+namespace kda {
+
+constexpr int kBlock = 16;
+constexpr int kBlocks = kChunk / kBlock;
+constexpr int kSteps = kHeadDim / 16;   // of 16 channels
+constexpr int kHalfSteps = kSteps / 2;  // of a warp: 64 channels, a panel
+constexpr float kClamp = -10.f * kLog2e;
+constexpr float kTame = -60.f;  // log2
+constexpr int kPanelBytes = kChunk * kPanelRowBytes;
+constexpr int kOperandBytes = 2 * kPanelBytes;
+constexpr int kWarpgroup = 128;
+constexpr int kChunkThreads = 2 * kWarpgroup;
+
+constexpr int kBlockPitch = 20;  // floats a row of an fp32 16 x 16 block: rows fall into different banks
+using Block = float[kBlock * kBlockPitch];
+
+// The two operands of a warp's MMA for 16 channels, as its lanes hold them.
+using Fragment = uint4[32];
+
+__device__ __forceinline__ void load_fragment(uint32_t (&f)[4], Fragment const& from, int lane) {
+  uint4 const x = from[lane];
+  f[0] = x.x, f[1] = x.y, f[2] = x.z, f[3] = x.w;
+}
+__device__ __forceinline__ void store_fragment(Fragment& to, uint32_t const (&f)[4], int lane) {
+  to[lane] = make_uint4(f[0], f[1], f[2], f[3]);
+}
+
+// Block pairs (i, j), j < i, in the order (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2).
+__device__ __forceinline__ constexpr int below_index(int i, int j) { return i * (i - 1) / 2 + j; }
+constexpr int kPairs = 6;
+
+// From make_factors() to solve(), and what the former needs besides.
+struct alignas(1024) FactorScratch {
+  using PairFragments = Fragment[kPairs][kSteps];
+  union {
+    struct {
+      Fragment low[kBlocks][kSteps];  // lower halves of the sums of log decays; then, over them, row factors of q
+      union {
+        Fragment k_rows[kBlocks - 1][kSteps];  // row factors of k, of blocks 1 to 3
+        float clamped_run[2 * kBlocks][kHeadDim];
+      };
+      PairFragments columns;  // column factors of k of block j, seen from block i
+    };
+    char fp32_gate[kSteps / 2][kPanelBytes];  // before: an fp32 gate in panels of 32 channels
+  };
+  float run[2 * kBlocks][kHeadDim];  // log decays (log2) of 8 tokens
+  // Decays per channel (their logarithms where the chunk is not tame), a block's for its own warps: from the chunk's start to the block's
+  // middle, from there to the end, and from there to the middle of each block after it.
+  enum : int { kToStart = 0, kToEnd = kBlocks, kToRows = 2 * kBlocks, kDecays = 2 * kBlocks + kPairs };
+  float decay[kDecays][kHeadDim];
+  float square_sum[2][2][kChunk];  // of a half's channels, of q and of k
+
+  // The lower halves of a warp's 16 tokens x 64 channels: each 16 channels where their row factors go, in an order in
+  // which neither rows nor columns of 16-byte units meet in a bank.
+  static __device__ __forceinline__ uint32_t low_offset(int row, int unit) {
+    int const s = unit >> 1;
+    return s * sizeof(Fragment) + (row ^ s) * 32 + (((unit & 1) ^ (row >> 2 & 1)) << 4);
+  }
+};
+// The products of the diagonal blocks over half of the channels each; then, once all have read those, what solve() needs.
+struct SolveScratch {
+  enum : int { kOfQ, kOfK };
+  union {
+    float4 diagonal_parts[2][2][2][kWarpgroup];  // [q or k][half of the channels][half of the columns]
+    struct {
+      Block below[kPairs];      // -Akk below the diagonal
+      Block diagonal[kBlocks];  // -Akk of the diagonal blocks, then their inverses
+      Block merged[2];          // T(1, 0), T(3, 2)
+    };
+  };
+};
+
+struct ChunkParams {
+  CUtensorMap q_map, k_map, g_map;  // boxes of 64 tokens of one head as panels of 128 bytes a token
+  TensorView beta;
+  bool beta_is_fp32;
+  const float* A_log;
+  const float* dt_bias;
+  Sequences sequences;
+  int value_heads, heads_per_key;  // HV, HV / H
+  float scale, lower_bound;
+  bool qk_l2norm, beta_sigmoid, allow_neg_eigval;
+};
+
+struct ChunkPlace {
+  int64_t first_token;
+  int tokens;  // of the chunk, at most 64
+  int batch, head;
+};
+
+// Panels in shared memory: raw q, k and (bf16) g at first, operands of the recurrence at last.
+struct FactorPanels {
+  char* k;            // k, then -beta_i / |k_i|^2 k_i exp(G_i)
+  char* q;            // q, then scale / |q_i| q_i exp(G_i)
+  char* k_remaining;  // bf16 g, then k_j exp(G_end - G_j)
+};
+struct SolvePanels {  // both zero above the diagonal blocks
+  char* t;            // T~
+  char* a_qk;         // Aqk~ = Aqk_ij |k_j|
+};
+
+constexpr uint64_t kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+
+// By one thread: asks for q, k and a bf16 g; an fp32 g goes to the scratch and is asked for by itself.
+__device__ __forceinline__ void request_panels(CUtensorMap const& map, uint64_t* loaded, char* panels,
+                                               ChunkPlace const& at, int head) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    cute::SM90_TMA_LOAD_4D::copy(&map, loaded, kStreamed, panels + h * kPanelBytes, 64 * h, head,
+                                 static_cast<int32_t>(at.first_token), at.batch);
+}
+template <bool kFp32Gate>
+__device__ __forceinline__ void request_chunk(ChunkParams const& p, ChunkPlace const& at, uint64_t* loaded,
+                                              FactorPanels const& to) {
+  int const key_head = at.head / p.heads_per_key;
+  if (!kFp32Gate) request_panels(p.g_map, loaded, to.k_remaining, at, at.head);
+  request_panels(p.k_map, loaded, to.k, at, key_head);
+  request_panels(p.q_map, loaded, to.q, at, key_head);
+}
+__device__ __forceinline__ void request_fp32_gate(ChunkParams const& p, ChunkPlace const& at, uint64_t* loaded,
+                                                  FactorScratch& scratch) {
+#pragma unroll
+  for (int i = 0; i < kSteps / 2; ++i)
+    cute::SM90_TMA_LOAD_4D::copy(&p.g_map, loaded, kStreamed, scratch.fp32_gate[i], 32 * i, at.head,
+                                 static_cast<int32_t>(at.first_token), at.batch);
+}
+
+// beta of a lane's two tokens, as it lies in memory.
+struct RawBeta {
+  uint32_t bits[2] = {};
+  __device__ __forceinline__ void load(ChunkParams const& p, ChunkPlace at, int warp, int lane) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      int const token = kBlock * (warp % kBlocks) + 8 * h + lane / 4;
+      if (token >= at.tokens) continue;
+      int64_t const offset = p.beta.stride_batch * at.batch + p.beta.stride_token * (at.first_token + token) +
+                             p.beta.stride_head * at.head;
+      bits[h] = p.beta_is_fp32 ? __ldg(static_cast<uint32_t const*>(p.beta.data) + offset)
+                               : __ldg(static_cast<unsigned short const*>(p.beta.data) + offset);
+    }
+  }
+  __device__ __forceinline__ float value(ChunkParams const& p, int h) const {
+    float const beta = __uint_as_float(p.beta_is_fp32 ? bits[h] : bits[h] << 16);
+    if (!p.beta_sigmoid) return beta;
+    return (p.allow_neg_eigval ? 2.f : 1.f) * rcp_approx(1.f + exp2_approx(-kLog2e * beta));
+  }
+};
+
+struct FloatPair {
+  float x, y;
+  __device__ __forceinline__ FloatPair operator*(FloatPair b) const { return {x * b.x, y * b.y}; }
+  __device__ __forceinline__ FloatPair operator*(float b) const { return {x * b, y * b}; }
+  __device__ __forceinline__ uint32_t packed() const { return pack_bf16(x, y); }
+};
+__device__ __forceinline__ FloatPair unpacked(uint32_t pair) { return {unpack_lo(pair), unpack_hi(pair)}; }
+
+struct Product {  // 16 x 16, as two halves of 8 columns
+  float d[2][4] = {};
+};
+__device__ __forceinline__ void multiply(Product& out, uint32_t const (&rows)[4], uint32_t const (&cols)[4]) {
+  mma_bf16(out.d[0], rows, cols[0], cols[2]);
+  mma_bf16(out.d[1], rows, cols[1], cols[3]);
+}
+// Left operand of an MMA from its entries, which are 0 or +-1.
+template <class F>
+__device__ __forceinline__ void make_matrix(uint32_t (&matrix)[4], int lane, F&& entry) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    int const row = lane / 4 + 8 * (e & 1), column = 2 * (lane & 3) + 8 * (e >> 1);
+    matrix[e] = pack_bf16(entry(row, column), entry(row, column + 1));
+  }
+}
+
+// The sums from the block's middle again, 16 tokens x 16 channels in the layout of a product, of clamped log decays; `high` and
+// `low` are the halves of the unclamped sums, loaded transposed: tokens 2 (lane % 4) + {0, 1} of 8, channel lane / 4 of 8. A product
+// with a matrix of 0 and +-1, which bf16 holds exactly, of log decays in two parts with 16 bits.
+__device__ __forceinline__ Product clamped_sums(uint32_t const (&matrix)[4], uint32_t const (&high)[4],
+                                                uint32_t const (&low)[4], int lane) {
+  uint32_t first[4], rest[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    float const x = __uint_as_float(__byte_perm(low[e], high[e], 0x5410));
+    float const y = __uint_as_float(__byte_perm(low[e], high[e], 0x7632));
+    float last = __shfl_up_sync(0xffffffffu, y, 1);
+    // The sum before token 8 is 0. Token 0's own log decay is in none of the sums.
+    if ((lane & 3) == 0) last = (e & 1) ? 0.f : x;
+    float const g0 = fmaxf(x - last, kClamp), g1 = fmaxf(y - x, kClamp);
+    first[e] = pack_bf16(g0, g1);
+    rest[e] = pack_bf16(g0 - unpack_lo(first[e]), g1 - unpack_hi(first[e]));
+  }
+  Product out;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    mma_bf16(out.d[n], matrix, first[2 * n], first[2 * n + 1]);
+    mma_bf16(out.d[n], matrix, rest[2 * n], rest[2 * n + 1]);
+  }
+  return out;
+}
+
+// Accumulator layout of a 16 x 16 product: element e of half n is row lane/4 + 8*(e/2), column 8n + 2*(lane%4) + e%2.
+template <class F>
+__device__ __forceinline__ void for_each_pair(int lane, F&& f) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) f(n, 2 * h, (lane >> 2) + 8 * h, 8 * n + 2 * (lane & 3));
+}
+__device__ __forceinline__ void store_block(Block& block, Product const& p, int lane) {
+  for_each_pair(lane, [&](int n, int e, int row, int col) {
+    *reinterpret_cast<float2*>(&block[row * kBlockPitch + col]) = make_float2(p.d[n][e], p.d[n][e + 1]);
+  });
+}
+// Block (i, j) of a 64 x 64 panel, rounded.
+__device__ __forceinline__ void store_to_panel(char* panel, int i, int j, Product const& p, int lane) {
+  int const matrix = lane >> 3;
+  stmatrix_x4(panel + panel_offset(16 * i + (matrix & 1) * 8 + (lane & 7), 2 * j + (matrix >> 1)),
+              pack_bf16(p.d[0][0], p.d[0][1]), pack_bf16(p.d[0][2], p.d[0][3]), pack_bf16(p.d[1][0], p.d[1][1]),
+              pack_bf16(p.d[1][2], p.d[1][3]));
+}
+__device__ __forceinline__ Product load_block(Block const& block, int lane) {
+  Product p;
+  for_each_pair(lane, [&](int n, int e, int row, int col) {
+    float2 const pair = *reinterpret_cast<float2 const*>(&block[row * kBlockPitch + col]);
+    p.d[n][e] = pair.x;
+    p.d[n][e + 1] = pair.y;
+  });
+  return p;
+}
+
+// The part of a number that tf32 holds, and what is left of it; the MMA cuts the latter to tf32 by itself.
+__device__ __forceinline__ uint32_t tf32_part(float x) { return __float_as_uint(x) & 0xffffe000u; }
+__device__ __forceinline__ uint32_t tf32_rest(float x) { return __float_as_uint(x - __uint_as_float(tf32_part(x))); }
+
+// A 16 x 16 fp32 block as left operand of tf32 MMAs, in two parts whose sum holds 21 bits of it. Within 8 columns the
+// inner index runs in the order 0, 2, 4, 6, 1, 3, 5, 7, so that an accumulator can be the next product's left operand
+// as it stands.
+struct LeftOperand {
+  uint32_t high[2][4], low[2][4];
+  __device__ __forceinline__ void set(int s, int e, float x) {
+    high[s][e] = tf32_part(x);
+    low[s][e] = tf32_rest(x);
+  }
+};
+__device__ __forceinline__ LeftOperand left_operand(Block const& block, int lane) {
+  LeftOperand x;
+  int const row = lane >> 2, inner = 2 * (lane & 3);
+#pragma unroll
+  for (int s = 0; s < 2; ++s)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float2 const pair = *reinterpret_cast<float2 const*>(&block[(row + 8 * h) * kBlockPitch + 8 * s + inner]);
+      x.set(s, h, pair.x);
+      x.set(s, 2 + h, pair.y);
+    }
+  return x;
+}
+__device__ __forceinline__ LeftOperand left_operand(Product const& p) {
+  LeftOperand x;
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    x.set(s, 0, p.d[s][0]);
+    x.set(s, 1, p.d[s][2]);
+    x.set(s, 2, p.d[s][1]);
+    x.set(s, 3, p.d[s][3]);
+  }
+  return x;
+}
+// d += x * y, as exact as fp32 but for the products of the two low parts: with equal keys the merges below cancel nearly
+// everything, and what tf32 alone leaves behind would be as large as the rounding of T to bf16.
+__device__ __forceinline__ void multiply_fp32(Product& d, LeftOperand const& x, Block const& y, int lane) {
+  int const row = lane >> 2, inner = 2 * (lane & 3);
+#pragma unroll
+  for (int s = 0; s < 2; ++s)
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float const y0 = y[(8 * s + inner) * kBlockPitch + 8 * n + row];
+      float const y1 = y[(8 * s + inner + 1) * kBlockPitch + 8 * n + row];
+      mma_tf32(d.d[n], x.high[s], tf32_rest(y0), tf32_rest(y1));
+      mma_tf32(d.d[n], x.low[s], tf32_part(y0), tf32_part(y1));
+      mma_tf32(d.d[n], x.high[s], tf32_part(y0), tf32_part(y1));
+    }
+}
+
+// (I - a)^-1 of a strictly lower 16 x 16 block by forward substitution in fp32, one column a lane, in place.
+__device__ __forceinline__ void invert_diagonal(Block& a, int lane) {
+  int const column = lane & 15;
+  float x[kBlock];
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    float sum[4] = {i == column ? 1.f : 0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int m = 0; m < i; m += 4) {
+      float4 const row = *reinterpret_cast<float4 const*>(&a[i * kBlockPitch + m]);
+      sum[0] += row.x * x[m];
+      if (m + 1 < i) sum[1] += row.y * x[m + 1];
+      if (m + 2 < i) sum[2] += row.z * x[m + 2];
+      if (m + 3 < i) sum[3] += row.w * x[m + 3];
+    }
+    x[i] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+  __syncwarp();
+  if (lane < kBlock) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) a[i * kBlockPitch + column] = x[i];
+  }
+  __syncwarp();
+}
+
+// Squares of q and of k summed over a half's channels for 16 tokens: the diagonals of a block's products with themselves.
+__device__ __forceinline__ void store_square_sums(float* q_sums, float* k_sums, char const* q_panel,
+                                                  char const* k_panel, uint32_t lane_offset, int lane) {
+  Product product[2];
+#pragma unroll
+  for (int s = 0; s < kHalfSteps; s += 2) {
+    uint32_t x[2][2][4];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      ldmatrix_x4(x[t][0], q_panel + (lane_offset ^ (s + t) << 5));
+      ldmatrix_x4(x[t][1], k_panel + (lane_offset ^ (s + t) << 5));
+    }
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int which = 0; which < 2; ++which) multiply(product[which], x[t][which], x[t][which]);
+  }
+  int const row = lane >> 2;
+  if ((lane & 3) == row >> 1) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      float* const sums = which == 0 ? q_sums : k_sums;
+      sums[row] = row & 1 ? product[which].d[0][1] : product[which].d[0][0];
+      sums[row + 8] = row & 1 ? product[which].d[1][3] : product[which].d[1][2];
+    }
+  }
+}
+
+// Named barriers: 1 of make_factors(), 2 of solve().
+__device__ __forceinline__ void sync_factor_warps() { cutlass::arch::NamedBarrier::sync(kChunkThreads, 1); }
+__device__ __forceinline__ void sync_solve_warps() { cutlass::arch::NamedBarrier::sync(kChunkThreads, 2); }
+// The same, and whether `vote` holds for all.
+__device__ __forceinline__ bool sync_factor_warps_and(bool vote) {
+  int all;
+  asm volatile("{.reg .pred p, q; setp.ne.b32 p, %1, 0; barrier.cta.red.and.pred q, 1, %2, p; selp.b32 %0, 1, 0, q;}"
+               : "=r"(all)
+               : "r"(int(vote)), "n"(kChunkThreads)
+               : "memory");
+  return all;
+}
+
+// The first step: panels and scratch.low, k_rows and columns. `warp` is 0 to 7; the raw inputs are there already.
+// Returns the warp's parts of its diagonal block's products. `before_scratch()` is called by all before anything is written
+// that the other step reads.
+template <Gate kGate, bool kFp32Gate, int kUnroll, class F>
+__device__ __forceinline__ void make_factors(Product& q_product, Product& k_product, ChunkParams const& p,
+                                             ChunkPlace at, FactorPanels const& panels, FactorScratch& scratch,
+                                             ChunkFactors& factors, int warp, int lane, F&& before_scratch) {
+  int const block = warp % kBlocks, half = warp / kBlocks;
+  int const row = lane >> 2, column = 2 * (lane & 3), matrix = lane >> 3;
+  int const token = kBlock * block + row;         // a lane's tokens are this one and 8 after it
+  int const tokens = at.tokens - kBlock * block;  // of this block, if positive
+  // Of 16 channels s of the half's panel: ^ s << 5.
+  uint32_t const lane_offset = panel_offset(kBlock * block + (matrix & 1) * 8 + (lane & 7), matrix >> 1);
+  char* const q_panel = panels.q + half * kPanelBytes;
+  char* const k_panel = panels.k + half * kPanelBytes;
+  char* const k_remaining_panel = panels.k_remaining + half * kPanelBytes;
+
+  if (tokens < kBlock) {  // the rows past the end are another sequence's
+    for (int i = max(tokens, 0); i < kBlock; ++i) {
+      uint32_t const word = panel_offset(kBlock * block + i, lane >> 2) + 4 * (lane & 3);
+      *reinterpret_cast<uint32_t*>(q_panel + word) = *reinterpret_cast<uint32_t*>(k_panel + word) = 0;
+    }
+    __syncwarp();
+  }
+  bool tame = true;
+  RawBeta raw_beta;
+  raw_beta.load(p, at, warp, lane);
+
+  // ---- sums of log decays (log2) from the block's middle, of channels 2 lane and 2 lane + 1. Their upper halves go over the gate.
+  char* const low = reinterpret_cast<char*>(scratch.low[block][kHalfSteps * half]);
+  int const channel = 64 * half + 2 * lane;
+  // Of token i the word at ^ (i % 8) << 4, + 128 i; of the lower halves at ^ (i % 4) << 5 ^ (i / 4 % 2) << 4, + 128 (i / 4).
+  uint32_t const high_words = cute::cast_smem_ptr_to_uint(k_remaining_panel) + kBlock * block * kPanelRowBytes +
+                              ((lane >> 2) << 4) + ((lane & 3) << 2);
+  uint32_t const low_words =
+      cute::cast_smem_ptr_to_uint(low) + FactorScratch::low_offset(0, lane >> 2) + ((lane & 3) << 2);
+  auto const for_each_token = [](auto&& f) { static_for<kBlock>(f); };
+  auto const load_sum = [&](auto index) {
+    constexpr int i = decltype(index)::value;
+    uint32_t const high = load_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4);
+    uint32_t const low_half = load_word<128 * (i / 4)>(low_words ^ ((i & 3) << 5 | (i / 4 & 1) << 4));
+    return FloatPair{__uint_as_float(__byte_perm(low_half, high, 0x5410)),
+                     __uint_as_float(__byte_perm(low_half, high, 0x7632))};
+  };
+  {
+    float const rate = kGate != Gate::kGiven && p.A_log != nullptr ? exp2f(p.A_log[at.head] * kLog2e) : 1.f;
+    float2 dt_bias = make_float2(0.f, 0.f);
+    if (kGate != Gate::kGiven && p.dt_bias != nullptr)
+      dt_bias = __ldg(reinterpret_cast<float2 const*>(p.dt_bias + at.head * kHeadDim + channel));
+    LogDecay<kGate> const x_decay(rate, p.lower_bound, dt_bias.x), y_decay(rate, p.lower_bound, dt_bias.y);
+    FloatPair gate[kBlock];
+    if constexpr (kFp32Gate) {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        float2 const x = *reinterpret_cast<float2 const*>(
+            scratch.fp32_gate[2 * half + lane / 16] + panel_offset(kBlock * block + i, lane % 16 / 2) + 8 * (lane & 1));
+        gate[i] = {x.x, x.y};
+      }
+      sync_factor_warps();  // the lower halves go over it
+    } else {
+      for_each_token([&](auto i) { gate[i] = unpacked(load_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4)); });
+    }
+    before_scratch();
+    auto const put = [&](auto index, FloatPair sum) {
+      constexpr int i = decltype(index)::value;
+      uint32_t const x = __float_as_uint(sum.x), y = __float_as_uint(sum.y);
+      store_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4, __byte_perm(x, y, 0x7632));
+      store_word<128 * (i / 4)>(low_words ^ ((i & 3) << 5 | (i / 4 & 1) << 4), __byte_perm(x, y, 0x5410));
+    };
+    FloatPair before = {0.f, 0.f}, after = {0.f, 0.f};  // of the first run minus its sum
+    auto const sum_up = [&](auto whole) {
+      auto const inside = [&](int i) {
+        return decltype(whole)::value || i < tokens;
+      };  // the state must stand still behind it
+      static_for<kBlock / 2>([&](auto index) {
+        constexpr int i = kBlock / 2 - 1 - decltype(index)::value;
+        put(std::integral_constant<int, i>{}, before);
+        if (inside(i)) x_decay.subtract_from(before.x, gate[i].x), y_decay.subtract_from(before.y, gate[i].y);
+      });
+      static_for<kBlock / 2>([&](auto index) {
+        constexpr int i = kBlock / 2 + decltype(index)::value;
+        if (inside(i)) x_decay.add_to(after.x, gate[i].x), y_decay.add_to(after.y, gate[i].y);
+        put(std::integral_constant<int, i>{}, after);
+      });
+    };
+    if (tokens >= kBlock)
+      sum_up(std::true_type{});
+    else
+      sum_up(std::false_type{});
+    before = {-before.x, -before.y};
+    tame = before.x >= kTame && before.y >= kTame && after.x >= kTame && after.y >= kTame;
+    *reinterpret_cast<float2*>(&scratch.run[2 * block][channel]) = make_float2(before.x, before.y);
+    *reinterpret_cast<float2*>(&scratch.run[2 * block + 1][channel]) = make_float2(after.x, after.y);
+  }
+  if (p.qk_l2norm)
+    store_square_sums(&scratch.square_sum[half][0][kBlock * block], &scratch.square_sum[half][1][kBlock * block],
+                      q_panel, k_panel, lane_offset, lane);
+  tame = sync_factor_warps_and(tame);
+  if (!tame) {  // the runs again, of clamped log decays: differences of the sums
+    float2 const total = *reinterpret_cast<float2 const*>(&scratch.run[2 * block][channel]);
+    FloatPair last = {-total.x, -total.y}, run = {0.f, 0.f};
+    for_each_token([&](auto i) {
+      if (i == kBlock / 2) {
+        *reinterpret_cast<float2*>(&scratch.clamped_run[2 * block][channel]) = make_float2(run.x, run.y);
+        last = run = {0.f, 0.f};
+      }
+      FloatPair const sum = load_sum(i);
+      run.x += fmaxf(sum.x - last.x, kClamp), run.y += fmaxf(sum.y - last.y, kClamp);
+      last = sum;
+    });
+    *reinterpret_cast<float2*>(&scratch.clamped_run[2 * block + 1][channel]) = make_float2(run.x, run.y);
+    sync_factor_warps();
+  }
+
+  // ---- norms and beta of the lane's tokens; decays of whole blocks
+  float q_scale[2], k_scale[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    bool const valid = row + 8 * h < tokens;
+    auto const inverse_norm = [&](int which) {
+      return p.qk_l2norm ? rsqrt_approx(scratch.square_sum[0][which][token + 8 * h] +
+                                        scratch.square_sum[1][which][token + 8 * h] + 1e-6f)
+                         : 1.f;
+    };
+    float const beta = valid ? raw_beta.value(p, h) : 0.f, k_inverse = valid ? inverse_norm(1) : 1.f;
+    q_scale[h] = valid ? inverse_norm(0) * p.scale : 0.f;
+    k_scale[h] = -(beta * k_inverse) * k_inverse;
+    if (half == 0 && column == 0) factors.beta[ChunkFactors::index(token + 8 * h)] = beta * k_inverse;
+  }
+  {
+    FloatPair run[2 * kBlocks];
+#pragma unroll
+    for (int r = 0; r < 2 * kBlocks; ++r) {
+      float2 const x = *reinterpret_cast<float2 const*>(&scratch.run[r][channel]);
+      run[r] = {x.x, x.y};
+    }
+    // Over the runs [from, to), summed by itself: a difference of long sums has lost its digits.
+    auto const over = [&](int from, int to) {
+      FloatPair sum = {0.f, 0.f};
+#pragma unroll
+      for (int r = 0; r < 2 * kBlocks; ++r)
+        if (r >= from && r < to) sum = {sum.x + run[r].x, sum.y + run[r].y};
+      return sum;
+    };
+    auto const put = [&](int which, FloatPair sum) {
+      *reinterpret_cast<float2*>(&scratch.decay[which][channel]) =
+          tame ? make_float2(exp2_approx(sum.x), exp2_approx(sum.y)) : make_float2(sum.x, sum.y);
+    };
+    put(FactorScratch::kToStart + block, over(0, 2 * block + 1));
+    put(FactorScratch::kToEnd + block, over(2 * block + 1, 2 * kBlocks));
+    if (block == 0) {
+      FloatPair const sum = over(0, 2 * kBlocks);
+      *reinterpret_cast<float2*>(&factors.decay[ChunkFactors::index(channel)]) =
+          make_float2(exp2f(sum.x), exp2f(sum.y));
+    }
+    if (!tame) {
+#pragma unroll
+      for (int r = 0; r < 2 * kBlocks; ++r) {
+        float2 const x = *reinterpret_cast<float2 const*>(&scratch.clamped_run[r][channel]);
+        run[r] = {x.x, x.y};
+      }
+      sync_factor_warps();  // the row factors of k go over them
+    }
+#pragma unroll
+    for (int i = 1; i < kBlocks; ++i)
+      if (i > block) put(FactorScratch::kToRows + below_index(i, block), over(2 * block + 1, 2 * i + 1));
+  }
+  __syncwarp();
+
+  // ---- factors, and the products of the diagonal blocks over this half of the channels
+  q_product = k_product = Product{};
+  {
+    auto const all_steps = [&](auto tame_constant) {
+      constexpr bool kIsTame = decltype(tame_constant)::value;
+      uint32_t from_middle[4];
+      if constexpr (!kIsTame) {
+        make_matrix(from_middle, lane, [](int i, int t) {
+          return i >= kBlock / 2 ? (t >= kBlock / 2 && t <= i ? 1.f : 0.f) : (t < kBlock / 2 && t > i ? -1.f : 0.f);
+        });
+      }
+#pragma unroll kUnroll
+      for (int s = 0; s < kHalfSteps; ++s) {
+        uint32_t const offset = lane_offset ^ s << 5;
+        uint32_t const low_offset = FactorScratch::low_offset((matrix & 1) * 8 + (lane & 7), 2 * s + (matrix >> 1));
+        int const step = kHalfSteps * half + s;
+        uint32_t high_halves[4], low_halves[4], q_raw[4], k_raw[4];
+        ldmatrix_x4(high_halves, k_remaining_panel + offset);
+        ldmatrix_x4(low_halves, low + low_offset);
+        ldmatrix_x4(q_raw, q_panel + offset);
+        ldmatrix_x4(k_raw, k_panel + offset);
+        FloatPair sum[4], pair_sum[4];  // exponents of the recurrence's operands and of the pairs'
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          sum[e] = {__uint_as_float(__byte_perm(low_halves[e], high_halves[e], 0x5410)),
+                    __uint_as_float(__byte_perm(low_halves[e], high_halves[e], 0x7632))};
+        if constexpr (!kIsTame) {
+          ldmatrix_x4_trans(high_halves, k_remaining_panel + offset);
+          ldmatrix_x4_trans(low_halves, low + low_offset);
+          Product const clamped = clamped_sums(from_middle, high_halves, low_halves, lane);
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            pair_sum[e] = {clamped.d[e >> 1][2 * (e & 1)], clamped.d[e >> 1][2 * (e & 1) + 1]};
+        }
+        // Of the channels of pair e.
+        auto const load_decays = [&](FloatPair(&values)[2], int which) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            float2 const x =
+                *reinterpret_cast<float2 const*>(&scratch.decay[which][64 * half + 16 * s + 8 * n + column]);
+            values[n] = {x.x, x.y};
+          }
+        };
+        auto const exp2_pair = [](FloatPair x) { return FloatPair{exp2_approx(x.x), exp2_approx(x.y)}; };
+        auto const plus = [](FloatPair a, FloatPair b) { return FloatPair{a.x + b.x, a.y + b.y}; };
+        auto const minus = [](FloatPair a) { return FloatPair{-a.x, -a.y}; };
+        uint32_t q_row[4], k_row[4], k_column[4], packed[4];
+        FloatPair decays[2];
+        {  // columns
+          FloatPair kc[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            kc[e] = unpacked(k_raw[e]) * exp2_pair(minus(kIsTame ? sum[e] : pair_sum[e]));
+            k_column[e] = kc[e].packed();
+          }
+          load_decays(decays, FactorScratch::kToEnd + block);
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            packed[e] = kIsTame ? (kc[e] * decays[e >> 1]).packed()
+                                : (unpacked(k_raw[e]) * exp2_pair(plus(minus(sum[e]), decays[e >> 1]))).packed();
+          stmatrix_x4(k_remaining_panel + offset, packed[0], packed[1], packed[2], packed[3]);
+#pragma unroll
+          for (int i = 1; i < kBlocks; ++i)
+            if (i > block) {
+              load_decays(decays, FactorScratch::kToRows + below_index(i, block));
+#pragma unroll
+              for (int e = 0; e < 4; ++e)
+                packed[e] = kIsTame
+                                ? (kc[e] * decays[e >> 1]).packed()
+                                : (unpacked(k_raw[e]) * exp2_pair(plus(minus(pair_sum[e]), decays[e >> 1]))).packed();
+              store_fragment(scratch.columns[below_index(i, block)][step], packed, lane);
+            }
+        }
+        {  // rows
+          load_decays(decays, FactorScratch::kToStart + block);
+          uint32_t k_packed[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            FloatPair const a = exp2_pair(kIsTame ? sum[e] : pair_sum[e]);
+            FloatPair const q = unpacked(q_raw[e]) * q_scale[e & 1], k = unpacked(k_raw[e]) * k_scale[e & 1];
+            FloatPair const qa = q * a, ka = k * a;
+            q_row[e] = qa.packed(), k_row[e] = ka.packed();
+            if constexpr (kIsTame) {
+              packed[e] = (qa * decays[e >> 1]).packed(), k_packed[e] = (ka * decays[e >> 1]).packed();
+            } else {
+              FloatPair const through = exp2_pair(plus(sum[e], decays[e >> 1]));
+              packed[e] = (q * through).packed(), k_packed[e] = (k * through).packed();
+            }
+          }
+          __syncwarp();  // all lanes have read q and k, over which their factors go
+          stmatrix_x4(q_panel + offset, packed[0], packed[1], packed[2], packed[3]);
+          stmatrix_x4(k_panel + offset, k_packed[0], k_packed[1], k_packed[2], k_packed[3]);
+          if (block > 0) {
+            store_fragment(scratch.low[block][step], q_row, lane);
+            store_fragment(scratch.k_rows[block - 1][step], k_row, lane);
+          }
+        }
+        multiply(q_product, q_row, k_column);
+        multiply(k_product, k_row, k_column);
+      }
+    };
+    if (tame)
+      all_steps(std::true_type{});
+    else
+      all_steps(std::false_type{});
+  }
+}
+
+__device__ __forceinline__ void store_diagonal_parts(SolveScratch& scratch, Product const& q_product,
+                                                     Product const& k_product, int warp, int lane) {
+  int const slot = 32 * (warp % kBlocks) + lane, half = warp / kBlocks;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    auto const whole = [&](Product const& p) { return make_float4(p.d[n][0], p.d[n][1], p.d[n][2], p.d[n][3]); };
+    scratch.diagonal_parts[SolveScratch::kOfQ][half][n][slot] = whole(q_product);
+    scratch.diagonal_parts[SolveScratch::kOfK][half][n][slot] = whole(k_product);
+  }
+}
+
+// Which part of the second step a warp does: Akk and T by warps 0 to 3, Aqk by warps 4 to 7. Of the blocks below the diagonal, (1, 0);
+// (3, 0); (2, 0) and (2, 1); (3, 1) and (3, 2) by one warp each.
+struct SolveRole {
+  int warp, block;
+  bool of_q;
+  int row, column, count;
+  __device__ __forceinline__ explicit SolveRole(int warp)
+      : warp(warp),
+        block(warp % kBlocks),
+        of_q(warp >= kBlocks),
+        row(block == 0   ? 1
+            : block == 2 ? 2
+                         : 3),
+        column(block == 3 ? 1 : 0),
+        count(block < 2 ? 1 : 2) {}
+};
+
+__device__ __forceinline__ void multiply_below(Product (&below)[2], SolveRole const& role, FactorScratch const& scratch,
+                                               int lane) {
+#pragma unroll 4
+  for (int s = 0; s < kSteps; ++s) {
+    uint32_t rows[4], columns[4];
+    load_fragment(rows, role.of_q ? scratch.low[role.row][s] : scratch.k_rows[role.row - 1][s], lane);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      if (n < role.count) {
+        load_fragment(columns, scratch.columns[below_index(role.row, role.column) + n][s], lane);
+        multiply(below[n], rows, columns);
+      }
+    }
+  }
+}
+
+// The second step, given the products below the diagonal: T~ and Aqk~. scratch.diagonal_parts is there already. The panels are
+// written after all have come.
+__device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& scratch, Product const (&below)[2],
+                                      SolveRole const& role, int lane) {
+  int const block = role.block;
+  Product product;
+  {
+    auto const& parts = scratch.diagonal_parts[role.of_q ? SolveScratch::kOfQ : SolveScratch::kOfK];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float4 const x = parts[0][n][32 * block + lane], y = parts[1][n][32 * block + lane];
+      product.d[n][0] = x.x + y.x, product.d[n][1] = x.y + y.y;
+      product.d[n][2] = x.z + y.z, product.d[n][3] = x.w + y.w;
+    }
+  }
+  // Above the diagonal lies anything: select, never scale.
+  for_each_pair(lane, [&](int n, int e, int i, int j) {
+    if (role.of_q ? i < j : i <= j) product.d[n][e] = 0.f;
+    if (role.of_q ? i <= j : i <= j + 1) product.d[n][e + 1] = 0.f;
+  });
+  sync_solve_warps();
+
+  // ---- Aqk, and T = (I + Akk)^-1: its diagonal blocks, then its two 32 x 32 diagonal blocks, then what is left below them
+  if (role.of_q) {
+    store_to_panel(panels.a_qk, block, block, product, lane);
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      if (n < role.count) store_to_panel(panels.a_qk, role.row, role.column + n, below[n], lane);
+  } else {
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      if (n < role.count) store_block(scratch.below[below_index(role.row, role.column) + n], below[n], lane);
+    store_block(scratch.diagonal[block], product, lane);
+    __syncwarp();
+    invert_diagonal(scratch.diagonal[block], lane);
+    store_to_panel(panels.t, block, block, load_block(scratch.diagonal[block], lane), lane);
+  }
+  sync_solve_warps();
+  int const warp = role.warp;
+  if (warp < 2) {
+    int const i = 2 * warp + 1, j = 2 * warp;
+    Product left, merged;
+    multiply_fp32(left, left_operand(scratch.diagonal[i], lane), scratch.below[below_index(i, j)], lane);
+    multiply_fp32(merged, left_operand(left), scratch.diagonal[j], lane);
+    store_block(scratch.merged[warp], merged, lane);
+    store_to_panel(panels.t, i, j, merged, lane);
+  }
+  sync_solve_warps();
+  if (warp < 4) {  // row block 2 + warp / 2, column block warp % 2 of T_B (-A_BA) T_A
+    int const i = 2 + warp / 2, j = warp % 2;
+    Product left[2], merged;
+    {
+      LeftOperand const x = left_operand(i == 2 ? scratch.diagonal[2] : scratch.merged[1], lane);
+      multiply_fp32(left[0], x, scratch.below[below_index(2, 0)], lane);
+      multiply_fp32(left[1], x, scratch.below[below_index(2, 1)], lane);
+    }
+    if (i == 3) {
+      LeftOperand const x = left_operand(scratch.diagonal[3], lane);
+      multiply_fp32(left[0], x, scratch.below[below_index(3, 0)], lane);
+      multiply_fp32(left[1], x, scratch.below[below_index(3, 1)], lane);
+    }
+    multiply_fp32(merged, left_operand(left[1]), j == 0 ? scratch.merged[0] : scratch.diagonal[1], lane);
+    if (j == 0) multiply_fp32(merged, left_operand(left[0]), scratch.diagonal[0], lane);
+    store_to_panel(panels.t, i, j, merged, lane);
+  }
+}
+
+}  // namespace kda

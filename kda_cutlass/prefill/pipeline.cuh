@@ -1,0 +1,100 @@
+// What the kernels that stream chunks through a CTA share: eight warps make factors of a chunk (chunk.cuh) while the others
+// solve the chunk before it and go on from there. Raw q, k and g arrive by TMA where their factors go.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "chunk.cuh"
+
+namespace kda {
+
+constexpr int kStages = 2;
+
+struct FactorStage {
+  alignas(1024) char k[2][kPanelBytes], q[2][kPanelBytes], k_remaining[2][kPanelBytes];  // in the order of Record
+};
+
+struct Pipeline {
+  FactorScratch factor_scratch;
+  SolveScratch solve_scratch;
+  alignas(16) ChunkFactors factors[kStages];
+  ChunkPlace places[kStages];           // no tokens: there are no more chunks
+  alignas(8) uint64_t loaded[kStages];  // raw inputs and the place
+  alignas(8) uint64_t ready[kStages];   // factors and diagonal_parts
+  alignas(8) uint64_t empty[kStages];   // everything of the stage is read
+  alignas(8) uint64_t multiplied;       // row and column factors are read
+  alignas(8) uint64_t solved;           // solve_scratch is free
+
+  __device__ __forceinline__ void init() {  // by one thread
+    for (int s = 0; s < kStages; ++s) {
+      TransactionBarrier::init(&loaded[s], 1);
+      EmptyBarrier::init(&ready[s], kChunkThreads);
+      EmptyBarrier::init(&empty[s], kChunkThreads);
+    }
+    EmptyBarrier::init(&multiplied, kChunkThreads);
+    EmptyBarrier::init(&solved, kChunkThreads);
+    cutlass::arch::fence_barrier_init();
+  }
+};
+
+__device__ __forceinline__ FactorPanels panels_of(FactorStage& stage) {
+  return {stage.k[0], stage.q[0], stage.k_remaining[0]};
+}
+
+// The same value, but what follows from it is worked out anew in every turn of a loop: kept in registers it would spill.
+__device__ __forceinline__ int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Announces and requests the n-th chunk of this CTA, by one thread, once its stage is empty. An fp32 gate comes by itself.
+template <bool kFp32Gate>
+__device__ __forceinline__ void request_stage(ChunkParams const& p, Pipeline& pipe, FactorStage& stage, int n,
+                                              ChunkPlace const& at, int more_bytes) {
+  uint64_t* const loaded = &pipe.loaded[n % kStages];
+  pipe.places[n % kStages] = at;
+  if (at.tokens == 0) {
+    EmptyBarrier::arrive(loaded);
+    return;
+  }
+  TransactionBarrier::arrive_and_expect_tx(loaded, (kFp32Gate ? 4 : 3) * kOperandBytes + more_bytes);
+  request_chunk<kFp32Gate>(p, at, loaded, panels_of(stage));
+}
+
+// The factor warps' whole work. `stage_of(n)` gives the stage of the n-th chunk.
+template <Gate kGate, bool kFp32Gate, int kUnroll, class F>
+__device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline& pipe, int warp, int lane,
+                                                 F&& stage_of) {
+#pragma unroll 1
+  for (int n = 0;; ++n) {
+    int const s = n % kStages;
+    TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1);
+    ChunkPlace const at = pipe.places[s];
+    if (at.tokens == 0) break;
+    Product q_product, k_product;
+    make_factors<kGate, kFp32Gate, kUnroll>(q_product, k_product, p, at, panels_of(stage_of(n)), pipe.factor_scratch,
+                                            pipe.factors[s], recomputed(warp), recomputed(lane),
+                                            [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); });
+    EmptyBarrier::wait(&pipe.solved, (n & 1) ^ 1);
+    store_diagonal_parts(pipe.solve_scratch, q_product, k_product, warp, lane);
+    cutlass::arch::fence_view_async_shared();
+    EmptyBarrier::arrive(&pipe.ready[s]);
+  }
+}
+
+// The other warps' part in the n-th chunk, once it is ready: T~ and Aqk~. `read()` is called once all factors of the pairs are read.
+template <class F>
+__device__ __forceinline__ void solve_chunk(Pipeline& pipe, SolvePanels const& panels, int warp, int lane, F&& read) {
+  SolveRole const role(recomputed(warp));
+  lane = recomputed(lane);
+  Product below[2];
+  multiply_below(below, role, pipe.factor_scratch, lane);
+  EmptyBarrier::arrive(&pipe.multiplied);
+  read();
+  solve(panels, pipe.solve_scratch, below, role, lane);
+  cutlass::arch::fence_view_async_shared();
+  sync_solve_warps();
+  EmptyBarrier::arrive(&pipe.solved);
+}
+
+}  // namespace kda
