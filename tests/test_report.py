@@ -64,7 +64,7 @@ def test_the_report_says_what_there_is(kernel, monkeypatch):
     metadata = json.loads((home / "metadata.json").read_text())
     for fact in (
         f"version {metadata['version']}, {metadata['id']} ({metadata['backend']['type']}",
-        str(home.resolve()),
+        str(home.absolute()),
         "files         as metadata.json lists them",
         torch.__version__,
         "FLASH_KDA_VALIDATE=1",

@@ -15,7 +15,7 @@ import torch
 from . import dispatch
 from .contract import check_call
 
-HOME = Path(__file__).resolve().parent
+HOME = Path(__file__).absolute().parent  # not resolved: in the Hub's cache each file is a link to its content
 # Written beside the package after its digest was taken: by Python, and by whoever signs the metadata.
 _NOT_DIGESTED = {"metadata.json", "metadata.json.sigstore"}
 _PACKAGES = ("kernels", "transformers", "huggingface-hub", "fla-core", "triton")
