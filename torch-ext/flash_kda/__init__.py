@@ -1,7 +1,8 @@
 """Flash KDA: Kimi Delta Attention for Hopper GPUs, with a PyTorch path for everything else."""
 
-from . import layers
+from . import fla, layers
 from .chunk import chunk_kda, fwd
+from .fla import set_backend
 from .mapping import kernel_mapping, replaced_functions
 from .recurrent import fused_recurrent_kda
 from .report import altered_files, environment_report
@@ -10,9 +11,18 @@ __all__ = [
     "altered_files",
     "chunk_kda",
     "environment_report",
+    "fla",
     "fused_recurrent_kda",
     "fwd",
     "kernel_mapping",
     "layers",
     "replaced_functions",
+    "set_backend",
 ]
+
+
+def __getattr__(name: str):
+    """`KDACudaBackend` imports FLA, so it is looked up when it is asked for."""
+    if name == "KDACudaBackend":
+        return fla.KDACudaBackend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
