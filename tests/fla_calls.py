@@ -1,7 +1,7 @@
-"""Calls of `fla.ops.kda.chunk_kda` with flash_kda importable, for test_fla.py: python fla_calls.py <scenario>.
+"""Calls of `fla.ops.kda.chunk_kda` with flash_kda importable, for test_fla.py: python fla_calls.py SCENARIO ...
 
 A process of its own, because FLA's registries, imports and transformers' view of FLA belong to the process. Prints JSON:
-for each call which backend took it and how far its result is from the fp64 recurrence.
+for each scenario and call, which backend took it and how far its result is from the fp64 recurrence.
 """
 
 import json
@@ -110,6 +110,7 @@ def registered():
     results["unknown argument"] = call(flash_kda, chunk_kda, inputs(), head_first=False)
     os.environ["FLA_FLASH_KDA"] = "0"
     results["switched off"] = call(flash_kda, chunk_kda, inputs())
+    del os.environ["FLA_FLASH_KDA"]
     return results
 
 
@@ -156,4 +157,4 @@ def on_a_gpu():
 if __name__ == "__main__":
     logging.getLogger("fla").setLevel(logging.INFO)
     logging.getLogger("fla").addHandler(Listener())
-    print(json.dumps(globals()[sys.argv[1]]()))
+    print(json.dumps({scenario: globals()[scenario]() for scenario in sys.argv[1:]}))
