@@ -65,9 +65,9 @@ def call(flash_kda, chunk_kda, args, **more):
     """What became of one call."""
     said.clear()
     registry_logged().clear()  # FLA says each thing once
-    with torch.no_grad():
+    with torch.inference_mode():
         try:
-            o, state = chunk_kda(**args, **more)
+            o, state = chunk_kda(**args, **more)[:2]
         except Exception as error:  # FLA's Triton kernels, where there is no GPU
             return {"said": list(said), "error": type(error).__name__}
     silent = ("output_final_state", "safe_gate")

@@ -1,7 +1,7 @@
 """Flash KDA: Kimi Delta Attention for Hopper GPUs, with a PyTorch path for everything else."""
 
-from . import fla, layers
-from .chunk import chunk_kda, fwd
+from . import fla, layers, vllm
+from .chunk import chunk_kda, fwd, get_workspace_size
 from .fla import set_backend
 from .mapping import kernel_mapping, replaced_functions
 from .recurrent import fused_recurrent_kda
@@ -14,10 +14,12 @@ __all__ = [
     "fla",
     "fused_recurrent_kda",
     "fwd",
+    "get_workspace_size",
     "kernel_mapping",
     "layers",
     "replaced_functions",
     "set_backend",
+    "vllm",
 ]
 
 

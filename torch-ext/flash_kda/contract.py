@@ -160,8 +160,10 @@ def check_call(
     return call
 
 
-def check_outputs(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
-    """Checks the tensors that :func:`flash_kda.fwd` writes."""
+def check_outputs(
+    call: Call, out: torch.Tensor, final_state: torch.Tensor | None, workspace: torch.Tensor | None, size: int
+) -> None:
+    """Checks the tensors that :func:`flash_kda.fwd` writes; ``size`` is what the workspace must hold, in bytes."""
     _tensor("out", out, (call.q.dtype,), call.q)
     _has_shape("out", out, tuple(call.v.shape), "that of v, [B, T, HV, V]")
     _dense_rows("out", out)
@@ -169,6 +171,10 @@ def check_outputs(call: Call, out: torch.Tensor, final_state: torch.Tensor | Non
         _state("final_state", final_state, call)
         if not final_state.is_contiguous():
             raise _broken("final_state", "a contiguous tensor", f"strides {list(final_state.stride())}")
+    if workspace is not None:
+        _tensor("workspace", workspace, (torch.uint8,), call.q)
+        if workspace.dim() != 1 or workspace.stride(0) != 1 or workspace.shape[0] < size:
+            raise _broken("workspace", f"shape [{size}] or longer, contiguous", f"shape {_shape(workspace)}")
 
 
 def check_contents(call: Call) -> None:

@@ -61,7 +61,13 @@ def select(call: Call, needs_grad: bool) -> tuple[str, str]:
     return CUDA_PREFILL, "every condition of the kernel holds"
 
 
-def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None, needs_grad: bool = False) -> None:
+def run(
+    call: Call,
+    out: torch.Tensor,
+    final_state: torch.Tensor | None,
+    needs_grad: bool = False,
+    workspace: torch.Tensor | None = None,
+) -> None:
     """Writes ``out`` and ``final_state`` (if not None) by the path that :func:`select` names."""
     if os.environ.get("FLASH_KDA_VALIDATE") == "1":
         check_contents(call)
@@ -71,7 +77,10 @@ def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None, needs_g
     if path == PYTORCH and call.q.device.type == "cuda":
         _fell_back(reason)
     logger.info("%s: %s", path, reason)
-    (prefill.run if path == CUDA_PREFILL else chunked_forward)(call, out, final_state)
+    if path == CUDA_PREFILL:
+        prefill.run(call, out, final_state, workspace)
+    else:
+        chunked_forward(call, out, final_state)
 
 
 def execute(call: Call, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -83,13 +92,15 @@ def execute(call: Call, output_final_state: bool) -> tuple[torch.Tensor, torch.T
     return _execute(call, output_final_state, needs_grad)
 
 
-def execute_into(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+def execute_into(
+    call: Call, out: torch.Tensor, final_state: torch.Tensor | None, workspace: torch.Tensor | None = None
+) -> None:
     """Runs a call into the caller's tensors. Not differentiable."""
     with torch.no_grad():
         if torch.compiler.is_compiling():
-            _kda_into_op(*call, out, final_state)
+            _kda_into_op(*call, out, final_state, workspace)
         else:
-            run(call, out, final_state)
+            run(call, out, final_state, workspace=workspace)
 
 
 def _execute(call: Call, output_final_state: bool, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -140,11 +151,12 @@ def _(*args):
 
 @torch.library.custom_op(
     add_op_namespace_prefix("kda_into"),
-    mutates_args=("out", "final_state"),
-    schema=f"({_CALL_SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state) -> ()",
+    mutates_args=("out", "final_state", "workspace"),
+    schema=f"({_CALL_SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!)? workspace) -> ()",
 )
 def _kda_into_op(*args) -> None:
-    run(Call(*args[:_FIELDS]), *args[_FIELDS:])
+    out, final_state, workspace = args[_FIELDS:]
+    run(Call(*args[:_FIELDS]), out, final_state, workspace=workspace)
 
 
 @_kda_into_op.register_fake
