@@ -21,7 +21,7 @@ from pathlib import Path
 import jinja2
 from kernel_abi_check import ObjectFile
 from kernels._rust import Digest, DigestValidationError, Metadata
-from kernels.variants import parse_variant
+from kernels.variants import ArchVariant, parse_variant
 
 from build import GLIBC, PYTHON_ABI, ROOT, Spec
 
@@ -73,7 +73,7 @@ def check_variant(variant: Path, spec: Spec, allow_dirty: bool) -> list[str]:
         wrong.append(f"metadata.json is of {metadata.name} {metadata.version}")
     if raw["license"] != spec.general["license"]:
         wrong.append(f"license {raw['license']}, build.toml says {spec.general['license']}")
-    native = not variant.name.startswith("torch-c")  # torch-cpu and torch-cuda are Python only
+    native = isinstance(shape, ArchVariant)  # the others are Python only
     backend = shape.arch.backend.name if native else shape.arch.backend_name
     if raw["backend"]["type"] != backend:
         wrong.append(f"backend {raw['backend']['type']} in a variant for {backend}")
@@ -113,14 +113,13 @@ def check_variant(variant: Path, spec: Spec, allow_dirty: bool) -> list[str]:
 def check_library(library: Path) -> list[str]:
     """A library that any Python, C library and torch of the promised versions loads, wherever they are installed."""
     wrong = []
-    file = ObjectFile(library)
     python, glibc = ".".join(map(str, PYTHON_ABI)), f"manylinux_{'_'.join(map(str, GLIBC))}"
-    for what, violations in (
-        (f"abi3 of {python}", file.check_python_abi(python)),
-        (glibc, file.check_manylinux(glibc)),
-    ):
-        if violations:
-            wrong.append(f"{library.name} breaks {what}: {violations}")
+    try:
+        file = ObjectFile(library)
+        checks = {f"abi3 of {python}": file.check_python_abi(python), glibc: file.check_manylinux(glibc)}
+    except ValueError as error:
+        return [f"{library.name} is not a library: {error}"]
+    wrong += [f"{library.name} breaks {what}: {violations}" for what, violations in checks.items() if violations]
     dynamic = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
     foreign = [name for name in re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic) if not LIBRARIES.fullmatch(name)]
     if foreign:
