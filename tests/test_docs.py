@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO_ID, ROOT
+from packaging.requirements import Requirement
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 import release
@@ -240,7 +241,7 @@ def assert_options(words: list[str], *command: str) -> None:
             assert re.search(rf"{word.split('=')[0]}\b", help_of(*command)), f"{' '.join(command)} has no {word}"
 
 
-INSTALLED_BY_READERS = {"kernels", "torch", "fla-core", "einops", "pre-commit", "."}
+INSTALLED_BY_READERS = {"kernels", "torch", "fla-core", "pre-commit", "."}
 
 
 def check_pip(words: list[str]) -> None:
@@ -252,8 +253,12 @@ def check_pip(words: list[str]) -> None:
         if word in ("-r", "--target"):
             value = next(values)
             assert word == "--target" or (ROOT / value).is_file()
+        elif re.search("[<>]", word):  # a range, which the pinned version must be in
+            requirement = Requirement(word)
+            pin = re.search(rf"^{requirement.name}==(\S+)", known, re.MULTILINE)
+            assert pin and requirement.specifier.contains(pin[1]), word
         elif not word.startswith("-"):
-            assert word in INSTALLED_BY_READERS or re.search(rf"(^|\s){re.escape(word)}(\s|$)", known), word
+            assert word in INSTALLED_BY_READERS or re.search(rf"(^|\s){re.escape(word)}(==|\s|$)", known), word
 
 
 def check_python(words: list[str]) -> None:
@@ -341,6 +346,7 @@ def test_commands_of_the_hubs_clients_run(hub_folder, tmp_path):
         ["pip", "install", "flash-nothing"],
         ["pip", "install", "-r", "nothing.txt"],
         ["pip", "install", "fla-core==0.1"],
+        ["pip", "install", "transformers>=5.23"],
         ["kernels", "info", "--nothing"],
         ["rm", "-rf", "/"],
     ],

@@ -58,3 +58,9 @@ def test_it_is_stored_with_its_outputs():
     assert [c.execution_count for c in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
     assert_shows_what_it_promises(notebook)
     assert "/work/" not in printed(notebook) and "/home/" not in printed(notebook)
+
+
+def test_it_installs_what_the_readme_says():
+    (cell,) = (c for c in nbformat.read(NOTEBOOK, as_version=4).cells if SKIPPED in c.metadata.get("tags", []))
+    (pair,) = re.findall(r'^pip install ("kernels.*") accelerate$', (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert pair in cell.source
