@@ -5,8 +5,10 @@ Each scenario is a process of its own, as a user's would be: the client reads it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -143,12 +145,23 @@ class Damaging(LocalHub):
 
     left, dies = 1, False
 
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.connections: list[socket.socket] = []
+
+    def process_request(self, request, client_address):
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
     def body(self, path: str, content: bytes) -> bytes:
         if not path.endswith("chunk.py") or self.left == 0:
             return content
         self.left -= 1
         if self.dies:
-            self.socket.close()
+            self.socket.close()  # nobody gets in any more, and who is in is thrown out
+            for connection in self.connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
         return content[: len(content) // 2]
 
 
