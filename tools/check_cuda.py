@@ -63,8 +63,8 @@ def compile_kernel(kernel: dict, source: Path, toolkit: Path, release: str, nvcc
         for capability in kernel["cuda-capabilities"]:
             arch = "compute_" + capability.replace(".", "")
             command += ["-gencode", f"arch={arch},code={arch}"]
-        command += [*kernel["cuda-flags"], f"-I{stubs}", *(f"-I{part / 'include'}" for part in parts)]
-        command += [f"-I{ROOT / path}" for path in kernel["include"]] + ["-isystem", cutlass.include]
+        command += [*kernel.get("cuda-flags", []), f"-I{stubs}", *(f"-I{part / 'include'}" for part in parts)]
+        command += [f"-I{ROOT / path}" for path in kernel.get("include", [])] + ["-isystem", cutlass.include]
         env = os.environ | {
             "CICC_PATH": str(home / "nvvm" / "bin"),
             "NVVMIR_LIBRARY_DIR": str(home / "nvvm" / "libdevice"),

@@ -19,7 +19,7 @@ except ImportError:  # FLA 0.5
 # FLA moved an argument between releases, so positional ones are read by the signature of the FLA at hand.
 _FLA_SIGNATURE = inspect.signature(inspect.unwrap(fla_chunk_kda))
 _OPTIONS = {name: parameter.default for name, parameter in inspect.signature(chunk_kda).parameters.items()}
-_CHECKED = inspect.signature(check_call).parameters.keys() - {"state_v_first"}
+_CHECKED = (inspect.signature(check_call).parameters.keys() & _OPTIONS.keys()) - {"state_v_first"}
 
 
 class KDACudaBackend(BaseBackend):
