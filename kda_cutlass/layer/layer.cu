@@ -1,0 +1,75 @@
+// Host side of the layer's kernels: shape choice and launches.
+#include <cuda_runtime.h>
+
+#include "kda_cutlass/layer/conv.cuh"
+#include "kda_cutlass/layer/norm.cuh"
+
+namespace kda {
+namespace {
+
+// Tokens a thread of the convolution walks. Longer runs read fewer tokens twice (W - 1 of each), shorter ones fill the card.
+constexpr int kLongRun = 32;
+constexpr int kShortRun = 8;
+constexpr int64_t kEnoughBlocks = 1024;  // about two waves of an H200 at the convolution's registers
+
+int64_t pieces(int64_t work, int64_t each) { return (work + each - 1) / each; }
+
+struct ConvGrid {
+  int64_t channel_blocks;
+  int run, runs;
+  bool whole;
+
+  explicit ConvGrid(ConvParams const& p) {
+    channel_blocks = pieces(int64_t(p.parts) * p.channels / kVectorChannels, kConvThreads);
+    run = kLongRun;
+    while (run > kShortRun && channel_blocks * p.batch * pieces(p.tokens, run) < kEnoughBlocks) run /= 2;
+    runs = static_cast<int>(pieces(p.tokens, run));
+    whole = p.final_state && !p.cu_seqlens && runs == 1;
+  }
+  unsigned conv_blocks(ConvParams const& p) const { return static_cast<unsigned>(channel_blocks * p.batch * runs); }
+  unsigned state_blocks(ConvParams const& p) const { return static_cast<unsigned>(channel_blocks * p.num_seqs); }
+};
+
+template <int kWidth, int kColumns>
+cudaError_t launch_conv_shape(ConvParams const& p, cudaStream_t stream) {
+  ConvGrid const grid(p);
+  if (unsigned const blocks = grid.conv_blocks(p)) {
+    auto* const kernel = p.cu_seqlens ? conv_kernel<kWidth, kColumns, true> : conv_kernel<kWidth, kColumns, false>;
+    kernel<<<blocks, kConvThreads, 0, stream>>>(p, grid.run, grid.runs, grid.whole);
+    if (cudaError_t const error = cudaGetLastError()) return error;
+  }
+  if (p.final_state && !grid.whole && p.num_seqs > 0) {
+    conv_state_kernel<kColumns><<<grid.state_blocks(p), kConvThreads, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+template <int kWidth>
+cudaError_t launch_conv_width(ConvParams const& p, cudaStream_t stream) {
+  return p.columns == kWidth ? launch_conv_shape<kWidth, kWidth>(p, stream)
+                             : launch_conv_shape<kWidth, kWidth - 1>(p, stream);
+}
+
+template <int kChannels>
+void launch_norm_channels(GatedNormParams const& p, cudaStream_t stream) {
+  int64_t const rows = int64_t(kNormThreads) * kVectorChannels / kChannels * kNormRows;
+  gated_norm_kernel<kChannels><<<static_cast<unsigned>(pieces(p.rows, rows)), kNormThreads, 0, stream>>>(p);
+}
+
+}  // namespace
+
+cudaError_t launch_conv(ConvParams const& p, cudaStream_t stream) {
+  return p.width == 2   ? launch_conv_width<2>(p, stream)
+         : p.width == 3 ? launch_conv_width<3>(p, stream)
+                        : launch_conv_width<4>(p, stream);
+}
+
+cudaError_t launch_gated_norm(GatedNormParams const& p, cudaStream_t stream) {
+  if (p.rows == 0) return cudaSuccess;
+  if (p.channels == 64) launch_norm_channels<64>(p, stream);
+  if (p.channels == 128) launch_norm_channels<128>(p, stream);
+  if (p.channels == 256) launch_norm_channels<256>(p, stream);
+  return cudaGetLastError();
+}
+
+}  // namespace kda
