@@ -104,6 +104,23 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def why_not_native(device: torch.device, available: bool, unservable: str | None) -> str | None:
+    """Why a CUDA call of one of the layer's small kernels takes the PyTorch path (having warned of it), or None.
+
+    ``available``: whether this build has the kernel; ``unservable``: what in the arguments the kernel cannot serve.
+    """
+    if not available:
+        reason = "this build of flash_kda has no CUDA kernels"
+    elif _capability(device) != (9, 0):
+        major, minor = _capability(device)
+        reason = f"the kernel runs on compute capability 9.0 only, the device has {major}.{minor}"
+    else:
+        reason = unservable
+    if reason is not None:
+        _fell_back(reason)
+    return reason
+
+
 def _fell_back(reason: str) -> None:
     if os.environ.get("FLASH_KDA_STRICT") == "1":
         raise RuntimeError(f"FLASH_KDA_STRICT=1 and the CUDA kernel cannot run this call: {reason}")
