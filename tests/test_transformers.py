@@ -123,7 +123,7 @@ def test_a_wrong_kernel_would_be_seen(kernel, device, family, monkeypatch):
     model, ids = tiny_model(family).to(device), random_ids(3, 130, device=device)
     expected = cached(model, ids)
     module = kernel.layers.kda
-    for name in FUNCTIONS:
+    for name in ("chunk_kda", "fused_recurrent_kda"):
         right = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda q, k, v, g, beta, *, right=right, **kwargs: right(q, k, v, 1.01 * g, beta, **kwargs)
@@ -146,20 +146,10 @@ def test_generate_gives_the_same_tokens(kernel, device, family):
     assert torch.equal(actual, expected)
 
 
-def make_convolution_pointwise(model):
-    """Leave only the present token in the short convolution, which in these models does not keep packed sequences apart
-    (transformers gives it `cu_seq_lens_q`, which its own version ignores)."""
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "_kernel_funcs"):
-                module.conv1d.weight[..., :-1] = 0
-
-
 @by_family
 @torch.no_grad()
 def test_packed_sequences_do_not_see_each_other(kernel, device, family):
     model = tiny_model(family).to(device)
-    make_convolution_pointwise(model)
     module = kda_module(model)
     x = torch.randn(1, 150, 64, generator=torch.Generator().manual_seed(1)).to(device)
     offsets = torch.tensor([0, 64, 65, 150], dtype=torch.int32, device=device)
@@ -174,7 +164,6 @@ def test_packed_sequences_do_not_see_each_other(kernel, device, family):
 @torch.no_grad()
 def test_packed_batch_of_a_whole_model(kernel, device):
     model = tiny_model("kimi_linear").to(device)
-    make_convolution_pointwise(model)
     ids, lengths = random_ids(1, 150, device=device), [64, 1, 85]
     alone = torch.cat([prefill(model, piece) for piece in ids.split(lengths, dim=1)], 1)
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
@@ -388,6 +377,8 @@ def test_kernel_config_by_name(kernel, own_mapping, saved_model, monkeypatch):
         {
             "chunk_kda": ("moonshot/flash-kda:chunk_kimi_delta_attention", where),
             "fused_recurrent_kda": ("moonshot/flash-kda:recurrent_kimi_delta_attention", where),
+            "causal_conv1d_fn": ("moonshot/flash-kda:causal_conv1d_fn", where),
+            "causal_conv1d_update": ("moonshot/flash-kda:causal_conv1d_update", where),
         }
     )
     model = AutoModelForCausalLM.from_pretrained(path, use_kernels=True, kernel_config=config)

@@ -17,7 +17,8 @@ import importlib
 import torch
 from torch import nn
 
-from ..chunk import chunk_kda
+from .. import dispatch
+from ..contract import check_call, check_outputs
 from ..gated_norm import gated_rms_norm
 from ..short_conv import short_conv
 from .kda import _packed_offsets
@@ -122,7 +123,7 @@ def _attend(module, x, raw_gate, lower_bound, cache, kwargs) -> torch.Tensor:
     q, k, v = _convolve(module, x, conv_state, cache, cu_seqlens)
     heads = (*x.shape[:2], -1, module.head_dim)
     gate = module.forget_gate
-    o, final_state = chunk_kda(
+    call = check_call(
         q.view(heads),
         k.view(heads),
         v.view(heads),
@@ -130,14 +131,22 @@ def _attend(module, x, raw_gate, lower_bound, cache, kwargs) -> torch.Tensor:
         module.b_proj(x),
         A_log=gate.A_log,
         dt_bias=gate.dt_bias,
+        initial_state=state,
+        cu_seqlens=cu_seqlens,
+        scale=None,
         lower_bound=lower_bound,
         use_gate_in_kernel=True,
         use_qk_l2norm_in_kernel=True,
         use_beta_sigmoid_in_kernel=True,
-        initial_state=state,
-        output_final_state=cache is not None,
-        cu_seqlens=cu_seqlens,
+        allow_neg_eigval=False,
+        state_v_first=False,
     )
+    if state is not None and not torch.is_grad_enabled():
+        o = torch.empty_like(call.v)
+        check_outputs(call, o, state)
+        dispatch.execute_into(call, o, state)  # the cache's tensor, in place
+        return o
+    o, final_state = dispatch.execute(call, output_final_state=cache is not None)
     if cache is not None:
         cache.update_recurrent_state(final_state, module.layer_idx)
     return o

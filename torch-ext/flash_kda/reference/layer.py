@@ -85,6 +85,6 @@ def _column(
 
 def gated_rms_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight * sigmoid(gate)`` over the last dimension, in the dtype of x."""
-    wide = _wide(x)
+    wide = _wide(x).contiguous()  # a sum rounds differently over other strides: no bit shall depend on the layout
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * weight.to(wide.dtype) * torch.sigmoid(gate.to(wide.dtype))).to(x.dtype)
