@@ -39,6 +39,34 @@ def call(H, HV, *, B=1, T=200, N=1, gate="lower_bound", g=torch.bfloat16, beta=t
             assert torch.isfinite(result).all()
 
 
+def layer_calls():
+    """The kernels around KDA: states in place, packed and whole runs, inputs that are views, tails of every kind."""
+
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    with torch.no_grad():
+        for width, columns in ((2, 1), (3, 3), (4, 4)):
+            state, weight, bias = normal(4, 3 * 72, columns), normal(3 * 72, width), normal(3 * 72)
+            offsets = torch.tensor([0, 0, 1, 30, 43], device="cuda")
+            packed = kernel.short_conv(
+                normal(1, 45, 3 * 72).chunk(3, -1), weight, bias, "silu",
+                initial_state=state, final_state=state, cu_seqlens=offsets,
+            )  # fmt: skip
+            assert all(y.isfinite().all() for y in packed) and state.isfinite().all()
+            for T in (1, 5, 77):
+                y = kernel.short_conv(normal(4, T, 3 * 72), weight.float(), initial_state=state, final_state=state)
+                assert y.isfinite().all() and state.isfinite().all()
+        for channels in (64, 128, 256):
+            assert (
+                kernel.gated_rms_norm(normal(3, 7, channels), normal(3, 7, channels), normal(channels)).isfinite().all()
+            )
+        for depth, rows in ((72, 1), (128, 3), (2304, 8)):
+            modules = [torch.nn.Linear(depth, n, bias=False, device="cuda", dtype=torch.bfloat16) for n in (16, 40, 3)]
+            for y in kernel.linears.linears(modules, (normal(rows, 1, depth),) * 3, True):
+                assert y.isfinite().all()
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     packed = torch.tensor([0, 0, 1, 70, 200], device="cuda")
@@ -48,4 +76,5 @@ if __name__ == "__main__":
     call(1, 3, B=2, N=2, T=65, gate="given", g=torch.float32)
     call(70, 70, T=130)  # one CTA a head
     call(1, 1, T=64 * 66)  # two slabs beside each other
+    layer_calls()
     torch.cuda.synchronize()

@@ -285,6 +285,47 @@ def test_norm_bad_input(kernel, device, says):
         kernel.gated_rms_norm(*BAD_NORM[says](x, x, weight))
 
 
+# --- projections of a few rows ------------------------------------------------------------------------------------------
+
+
+def projections(K, sizes, dtype=torch.bfloat16, device="cuda"):
+    return tuple(torch.nn.Linear(K, n, bias=False, device=device, dtype=dtype) for n in sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 3), (4, 1), (5, 1), (8, 1)], ids=str)
+@pytest.mark.parametrize("K, sizes", [(2304, (4096, 128, 32)), (128, (264, 8)), (4096, (2304,)), (72, (8,) * 5 + (3,))])
+@torch.no_grad()
+def test_few_rows(kernel, rows, K, sizes):
+    """Several projections in one launch; a row has the same bits whatever shares the call."""
+    modules = projections(K, sizes)
+    inputs = tuple(normal(*rows, K, seed=i, device="cuda").bfloat16() for i in range(len(sizes)))
+    assert kernel.linears.are_few_rows(inputs[0])
+    torch.cuda.synchronize()
+    outputs = kernel.linears.linears(modules, inputs, True)
+    for module, x, y in zip(modules, inputs, outputs):
+        expected = x.double() @ module.weight.double().T
+        assert y.is_contiguous() and y.dtype == x.dtype and relative_error(y, expected) < TOLERANCE[torch.bfloat16]
+        alone = kernel.linears.linears((module,), (x[:1, :1].contiguous(),), True)[0]
+        assert torch.equal(alone, y[:1, :1])
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_few_rows_leaves_other_modules_alone(kernel):
+    """What is no plain projection is called as it is: hooks, biases, subclasses, other dtypes."""
+    x = normal(1, 1, 64, device="cuda").bfloat16()
+    (hooked,), (plain,) = projections(64, (8,)), projections(64, (8,))
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    with_bias = torch.nn.Linear(64, 8, device="cuda", dtype=torch.bfloat16)
+    adapted = type("Adapted", (torch.nn.Linear,), {"forward": lambda self, x: "adapted"})(64, 8)
+    outputs = kernel.linears.linears((hooked, plain, with_bias, adapted), (x,) * 4, True)
+    assert torch.equal(outputs[0], hooked(x)) and torch.equal(outputs[2], with_bias(x)) and outputs[3] == "adapted"
+    assert not kernel.linears.are_few_rows(x.expand(9, 1, 64)) and not kernel.linears.are_few_rows(x.float())
+    with torch.enable_grad():
+        assert not kernel.linears.are_few_rows(x)
+
+
 # --- torch.compile, CUDA graphs -----------------------------------------------------------------------------------------
 
 

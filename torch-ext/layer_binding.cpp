@@ -1,4 +1,5 @@
-// The layer's operators on the stable ABI: operators -> kda::ConvParams, kda::GatedNormParams.
+// The layer's operators on the stable ABI: operators -> kda::ConvParams, kda::GatedNormParams,
+// kda::LinearsParams.
 //
 // flash_kda.layer_contract has already told the user what is wrong with the arguments. The checks here are the last line:
 // whatever passes them cannot make a kernel read or write outside a tensor. The contents of cu_seqlens are on the device;
@@ -10,6 +11,7 @@
 
 #include <climits>
 #include <optional>
+#include <vector>
 
 #include "kda_cutlass/layer/params.h"
 #include "registration.h"
@@ -179,6 +181,40 @@ void gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& weight, T
   STD_TORCH_CHECK(error == cudaSuccess, "gated_rms_norm: ", cudaGetErrorString(error));
 }
 
+void few_row_linears(std::vector<Tensor> x, std::vector<Tensor> weights, Tensor& out) {
+  const int64_t count = static_cast<int64_t>(weights.size());
+  STD_TORCH_CHECK(count >= 1 && count <= kda::kMaxLinears && x.size() == weights.size(), "1 to ", kda::kMaxLinears,
+                  " weights and as many inputs, got ", count, " and ", x.size());
+  const Tensor& first = x[0];
+  STD_TORCH_CHECK(first.is_cuda() && first.dim() >= 1, "inputs must be CUDA tensors [.., K]");
+  const int64_t depth = first.size(first.dim() - 1);
+  STD_TORCH_CHECK(depth > 0 && depth % kda::kVectorChannels == 0, "K must be a multiple of ", kda::kVectorChannels,
+                  ", got ", depth);
+  const int64_t rows = first.numel() / depth;
+  STD_TORCH_CHECK(rows >= 1 && rows <= kda::kMaxLinearRows, "1 to ", kda::kMaxLinearRows, " rows, got ", rows);
+
+  kda::LinearsParams params;
+  int64_t outputs = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    check_bf16(x[i], "an input");
+    check_bf16(weights[i], "a weight");
+    STD_TORCH_CHECK(weights[i].dim() == 2 && weights[i].size(0) > 0, "a weight must be [N, K], N > 0");
+    params.jobs[i] = {contiguous(x[i], first, rows * depth, "an input"),
+                      contiguous(weights[i], first, weights[i].size(0) * depth, "a weight"), narrow(outputs, "N")};
+    outputs += weights[i].size(0);
+  }
+  params.count = static_cast<int>(count);
+  params.depth = narrow(depth, "K");
+  params.rows = static_cast<int>(rows);
+  params.outputs = narrow(outputs, "N");
+  check_bf16(out, "out");
+  params.out = contiguous(out, first, rows * outputs, "out");
+
+  const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
+  const cudaError_t error = kda::launch_linears(params, stream_of(first));
+  STD_TORCH_CHECK(error == cudaSuccess, "few_row_linears: ", cudaGetErrorString(error));
+}
+
 // The namespace is a macro: one more step expands it.
 #define FRAGMENT(name, library) STABLE_TORCH_LIBRARY_FRAGMENT(name, library)
 
@@ -187,9 +223,11 @@ FRAGMENT(TORCH_EXTENSION_NAME, ops) {
       "short_conv(Tensor q, Tensor? k, Tensor? v, Tensor weight, Tensor? bias, Tensor? initial_state, "
       "Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, bool silu) -> ()");
   ops.def("gated_rms_norm(Tensor x, Tensor gate, Tensor weight, Tensor(a!) out, float eps) -> ()");
+  ops.def("few_row_linears(Tensor[] x, Tensor[] weights, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("short_conv", TORCH_BOX(&short_conv));
   ops.impl("gated_rms_norm", TORCH_BOX(&gated_rms_norm));
+  ops.impl("few_row_linears", TORCH_BOX(&few_row_linears));
 }

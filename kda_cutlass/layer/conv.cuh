@@ -7,7 +7,7 @@
 namespace kda {
 
 constexpr int kConvThreads = 128;
-constexpr int kConvBatch = 4;  // tokens whose loads are in flight together
+constexpr int kConvBatch = 4;        // tokens whose loads are in flight together
 constexpr int kConvBlocksPerSm = 4;  // 128 registers
 
 // Where a packed sequence begins; wrong contents stay inside [0, T].
@@ -109,7 +109,8 @@ __device__ __forceinline__ void store_state(ConvParams const& p, ConvLane const&
 // One block: 1024 channels of a run of tokens of a batch entry. A run that is a whole sequence also leaves the state behind,
 // which no other thread reads then; launch_conv says so by `whole`.
 template <int kWidth, int kColumns, bool kPacked>
-__global__ void __launch_bounds__(kConvThreads, kConvBlocksPerSm) conv_kernel(ConvParams const p, int run, int runs, bool whole) {
+__global__ void __launch_bounds__(kConvThreads, kConvBlocksPerSm)
+    conv_kernel(ConvParams const p, int run, int runs, bool whole) {
   ConvBlock const block(p);
   if (block.vector >= block.vectors) return;
   int const vector = block.vector, b = block.rest / runs;

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "kda_cutlass/layer/conv.cuh"
+#include "kda_cutlass/layer/linears.cuh"
 #include "kda_cutlass/layer/norm.cuh"
 
 namespace kda {
@@ -56,12 +57,35 @@ void launch_norm_channels(GatedNormParams const& p, cudaStream_t stream) {
   gated_norm_kernel<kChannels><<<static_cast<unsigned>(pieces(p.rows, rows)), kNormThreads, 0, stream>>>(p);
 }
 
+template <int kLanes, int kRows>
+void launch_linears_rows(LinearsParams const& p, cudaStream_t stream) {
+  auto const blocks = static_cast<unsigned>(pieces(p.outputs, kLinearThreads / kLanes));
+  linears_kernel<kLanes, kRows><<<blocks, kLinearThreads, 0, stream>>>(p);
+}
+
+template <int kLanes>
+void launch_linears_lanes(LinearsParams const& p, cudaStream_t stream) {
+  if (p.rows == 1) launch_linears_rows<kLanes, 1>(p, stream);
+  if (p.rows == 2) launch_linears_rows<kLanes, 2>(p, stream);
+  if (p.rows == 3 || p.rows == 4) launch_linears_rows<kLanes, 4>(p, stream);
+  if (p.rows > 4) launch_linears_rows<kLanes, kMaxLinearRows>(p, stream);
+}
+
 }  // namespace
 
 cudaError_t launch_conv(ConvParams const& p, cudaStream_t stream) {
   return p.width == 2   ? launch_conv_width<2>(p, stream)
          : p.width == 3 ? launch_conv_width<3>(p, stream)
                         : launch_conv_width<4>(p, stream);
+}
+
+cudaError_t launch_linears(LinearsParams const& p, cudaStream_t stream) {
+  if (p.depth <= 16 * kVectorChannels) {  // a row of 128 is one access of 16 lanes
+    launch_linears_lanes<16>(p, stream);
+  } else {
+    launch_linears_lanes<32>(p, stream);
+  }
+  return cudaGetLastError();
 }
 
 cudaError_t launch_gated_norm(GatedNormParams const& p, cudaStream_t stream) {

@@ -1,5 +1,5 @@
 // The contract between the torch binding (host, checks everything) and the kernels of the layer around KDA: the short
-// convolution and the gated norm (device, check nothing).
+// convolution, the gated norm and the projections of a few rows (device, check nothing).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -60,5 +60,26 @@ struct GatedNormParams {
 };
 
 cudaError_t launch_gated_norm(const GatedNormParams& params, cudaStream_t stream);
+
+// y = x W^T for a few rows of x and several weights, all of the same depth.
+constexpr int kMaxLinears = 6;
+constexpr int kMaxLinearRows = 8;
+
+struct LinearJob {
+  const void* x = nullptr;       // [rows, depth] bf16, contiguous
+  const void* weight = nullptr;  // [outputs of this job, depth] bf16, contiguous
+  int first = 0;                 // outputs of the jobs before
+};
+
+struct LinearsParams {
+  LinearJob jobs[kMaxLinears];
+  int count = 0;
+  int depth = 0;        // a multiple of 8
+  int rows = 0;         // 1 to 8
+  int outputs = 0;      // of all jobs
+  void* out = nullptr;  // bf16: [rows, outputs of a job] job after job
+};
+
+cudaError_t launch_linears(const LinearsParams& params, cudaStream_t stream);
 
 }  // namespace kda

@@ -16,10 +16,12 @@ import importlib
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import dispatch
 from ..contract import check_call, check_outputs
 from ..gated_norm import gated_rms_norm
+from ..linears import are_few_rows, linears
 from ..short_conv import short_conv
 from .kda import _packed_offsets
 
@@ -63,8 +65,8 @@ class KimiLinearDeltaAttention(nn.Module):
         """
         x = _without_padding(hidden_states, attention_mask)
         gate = self.forget_gate
-        o = _attend(self, x, lambda: gate.f_b_proj(gate.f_a_proj(x)), None, cache_params, kwargs)
-        return _output(self, o, self.g_b_proj(self.g_a_proj(x)))
+        decay, output = (gate.f_a_proj, gate.f_b_proj), (self.g_a_proj, self.g_b_proj)
+        return _forward(self, x, decay, None, output, cache_params, kwargs)
 
 
 class Glm5NextTextLinearAttention(nn.Module):
@@ -83,9 +85,8 @@ class Glm5NextTextLinearAttention(nn.Module):
         """A layer of Kimi Delta Attention; arguments and result are those of `KimiLinearDeltaAttention`."""
         x = _without_padding(hidden_states, attention_mask)
         gate = self.forget_gate
-        lower_bound = gate.safe_gate_lower_bound
-        o = _attend(self, x, lambda: gate.f_b_proj(gate.f_a_proj(x)), lower_bound, cache_params, kwargs)
-        return _output(self, o, self.g_b_proj(self.g_a_proj(x)))
+        decay, output = (gate.f_a_proj, gate.f_b_proj), (self.g_a_proj, self.g_b_proj)
+        return _forward(self, x, decay, gate.safe_gate_lower_bound, output, cache_params, kwargs)
 
 
 class BailingHybridDeltaAttention(nn.Module):
@@ -105,8 +106,7 @@ class BailingHybridDeltaAttention(nn.Module):
         x = _without_padding(hidden_states, attention_mask)
         gate = self.forget_gate
         lower_bound = gate.lower_bound if gate.safe_gate else None
-        o = _attend(self, x, lambda: gate.f_proj(x), lower_bound, cache_params, kwargs)
-        return _output(self, o, self.g_proj(x))
+        return _forward(self, x, (gate.f_proj,), lower_bound, (self.g_proj,), cache_params, kwargs)
 
 
 def _without_padding(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -115,22 +115,50 @@ def _without_padding(hidden_states: torch.Tensor, attention_mask: torch.Tensor |
     return (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
 
 
-def _attend(module, x, raw_gate, lower_bound, cache, kwargs) -> torch.Tensor:
-    """From the hidden states to the output of KDA `[B, T, H, D]`. `raw_gate` computes the input of the decay's gate: it is
-    called when the projections of q, k and v are no longer needed, which is less memory at a time."""
+def _forward(module, x, decay, lower_bound, output, cache, kwargs) -> torch.Tensor:
+    """A layer, from hidden states without padding. `decay` and `output` are the projections to the input of the decay's gate
+    and to the output gate, one module or two in a row; `lower_bound` is the decay's, None for softplus."""
     cu_seqlens = _packed_offsets(kwargs)
     conv_state, state = _states(cache, module.layer_idx)
-    q, k, v = _convolve(module, x, conv_state, cache, cu_seqlens)
-    heads = (*x.shape[:2], -1, module.head_dim)
+    qkv_modules = (module.q_proj, module.k_proj, module.v_proj)
+    few = are_few_rows(x)
+    if few:  # a decode step: what reads x in one launch
+        *qkv, f, g, beta = linears((*qkv_modules, decay[0], output[0], module.b_proj), (x,) * 6, few)
+        if len(decay) == 2:
+            f, g = linears((decay[1], output[1]), (f, g), few)
+    else:  # each when it is needed, so that less memory is held at a time
+        qkv = [project(x) for project in qkv_modules]
+    q, k, v = _convolve(module, qkv, conv_state, cache, cu_seqlens)
+    del qkv
+    if not few:
+        f, beta = _chain(decay, x), module.b_proj(x)
+    o = _attend(module, q, k, v, f, beta, lower_bound, state, cache, cu_seqlens)
+    del q, k, v, f
+    if not few:
+        g = _chain(output, x)
+    norm = module.o_norm
+    o = gated_rms_norm(o, g.view(o.shape), norm.weight, norm.variance_epsilon).flatten(2)
+    return linears((module.o_proj,), (o,), few)[0]
+
+
+def _chain(modules, x: torch.Tensor) -> torch.Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def _attend(module, q, k, v, f, beta, lower_bound, state, cache, cu_seqlens) -> torch.Tensor:
+    """KDA on `[B, T, H * D]` q, k, v and gate input and `[B, T, H]` logits of beta: `[B, T, H, D]`; and the cache's part."""
+    heads = (*q.shape[:2], -1, module.head_dim)
     gate = module.forget_gate
     call = check_call(
         q.view(heads),
         k.view(heads),
         v.view(heads),
-        raw_gate().view(heads),
-        module.b_proj(x),
-        A_log=gate.A_log,
-        dt_bias=gate.dt_bias,
+        f.view(heads),
+        beta,
+        A_log=_wide(gate.A_log),
+        dt_bias=_wide(gate.dt_bias),
         initial_state=state,
         cu_seqlens=cu_seqlens,
         scale=None,
@@ -152,6 +180,26 @@ def _attend(module, x, raw_gate, lower_bound, cache, kwargs) -> torch.Tensor:
     return o
 
 
+# The kernels read a gate's parameters in float32; Kimi Linear keeps them in bfloat16. Two casts a step are more kernels than
+# the step itself has, so they are kept: parameter -> (its version and address, the copy).
+_WIDE = WeakTensorKeyDictionary()
+
+
+def _wide(parameter: torch.Tensor) -> torch.Tensor:
+    if parameter.dtype != torch.bfloat16 or not parameter.is_cuda or torch.is_grad_enabled():
+        return parameter
+    if torch.compiler.is_compiling() or parameter.is_inference():  # the latter has no version
+        return parameter
+    key = (parameter._version, parameter.data_ptr())
+    known, copy = _WIDE.get(parameter, (None, None))
+    if known != key:
+        if torch.cuda.is_current_stream_capturing():  # a copy made in a graph is there after a replay only
+            return parameter
+        copy = parameter.detach().float()
+        _WIDE[parameter] = key, copy
+    return copy
+
+
 def _states(cache, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The live tensors of a layer's cache, or None where it has seen nothing yet."""
     if cache is None or not cache.has_previous_state(layer_idx):
@@ -160,13 +208,12 @@ def _states(cache, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | 
     return layer.conv_states[0], layer.recurrent_states[0]
 
 
-def _convolve(module, x, conv_state, cache, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v `[B, T, H * D]` after their projections and the convolution, and the cache's part of it."""
-    qkv = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+def _convolve(module, qkv, conv_state, cache, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three projections `[B, T, H * D]` after their convolution; and the cache's part."""
     weight = module.conv1d.weight.squeeze(1)
     final_state = conv_state
     if cache is not None and conv_state is None:
-        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sequences = qkv[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         final_state = qkv[0].new_empty(sequences, *weight.shape)
     convolved = short_conv(
         qkv,
@@ -180,11 +227,6 @@ def _convolve(module, x, conv_state, cache, cu_seqlens) -> tuple[torch.Tensor, t
     if cache is not None and conv_state is None:
         cache.update_conv_state(final_state, module.layer_idx)
     return convolved
-
-
-def _output(module, o: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    norm = module.o_norm
-    return module.o_proj(gated_rms_norm(o, gate.view(o.shape), norm.weight, norm.variance_epsilon).flatten(2))
 
 
 # --- transformers' KernelConfig -------------------------------------------------------------------------------------------
