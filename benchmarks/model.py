@@ -320,7 +320,7 @@ def run_arm(options) -> None:
     elif options.arm == "fla":
         os.environ["FLA_FLASH_KDA"] = "0"  # FLA hands calls to an importable flash_kda; the arm is FLA itself
         import fla  # noqa: F401
-    with torch.inference_mode():
+    with torch.no_grad():
         rows = layer_rows(options)
         if not options.layer:
             gc.collect()

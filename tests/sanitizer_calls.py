@@ -61,7 +61,7 @@ def layer_calls():
             assert (
                 kernel.gated_rms_norm(normal(3, 7, channels), normal(3, 7, channels), normal(channels)).isfinite().all()
             )
-        for depth, rows in ((72, 1), (128, 3), (2304, 8)):
+        for depth, rows in ((72, 1), (128, 11), (2304, 32)):
             modules = [torch.nn.Linear(depth, n, bias=False, device="cuda", dtype=torch.bfloat16) for n in (16, 40, 3)]
             for y in kernel.linears.linears(modules, (normal(rows, 1, depth),) * 3, True):
                 assert y.isfinite().all()

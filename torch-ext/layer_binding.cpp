@@ -199,14 +199,17 @@ void few_row_linears(std::vector<Tensor> x, std::vector<Tensor> weights, Tensor&
     check_bf16(x[i], "an input");
     check_bf16(weights[i], "a weight");
     STD_TORCH_CHECK(weights[i].dim() == 2 && weights[i].size(0) > 0, "a weight must be [N, K], N > 0");
-    params.jobs[i] = {contiguous(x[i], first, rows * depth, "an input"),
-                      contiguous(weights[i], first, weights[i].size(0) * depth, "a weight"), narrow(outputs, "N")};
-    outputs += weights[i].size(0);
+    const int64_t size = weights[i].size(0);
+    params.jobs[i].x = contiguous(x[i], first, rows * depth, "an input");
+    params.jobs[i].weight = contiguous(weights[i], first, size * depth, "a weight");
+    params.jobs[i].outputs = narrow(size, "N");
+    params.jobs[i].first_output = narrow(outputs, "N");
+    outputs += size;
   }
+  narrow(outputs, "N");
   params.count = static_cast<int>(count);
   params.depth = narrow(depth, "K");
   params.rows = static_cast<int>(rows);
-  params.outputs = narrow(outputs, "N");
   check_bf16(out, "out");
   params.out = contiguous(out, first, rows * outputs, "out");
 

@@ -111,6 +111,7 @@ __device__ __forceinline__ void store_state(ConvParams const& p, ConvLane const&
 template <int kWidth, int kColumns, bool kPacked>
 __global__ void __launch_bounds__(kConvThreads, kConvBlocksPerSm)
     conv_kernel(ConvParams const p, int run, int runs, bool whole) {
+  let_next_kernel_start();
   ConvBlock const block(p);
   if (block.vector >= block.vectors) return;
   int const vector = block.vector, b = block.rest / runs;

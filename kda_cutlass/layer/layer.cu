@@ -57,18 +57,18 @@ void launch_norm_channels(GatedNormParams const& p, cudaStream_t stream) {
   gated_norm_kernel<kChannels><<<static_cast<unsigned>(pieces(p.rows, rows)), kNormThreads, 0, stream>>>(p);
 }
 
-template <int kLanes, int kRows>
-void launch_linears_rows(LinearsParams const& p, cudaStream_t stream) {
-  auto const blocks = static_cast<unsigned>(pieces(p.outputs, kLinearThreads / kLanes));
-  linears_kernel<kLanes, kRows><<<blocks, kLinearThreads, 0, stream>>>(p);
-}
-
-template <int kLanes>
-void launch_linears_lanes(LinearsParams const& p, cudaStream_t stream) {
-  if (p.rows == 1) launch_linears_rows<kLanes, 1>(p, stream);
-  if (p.rows == 2) launch_linears_rows<kLanes, 2>(p, stream);
-  if (p.rows == 3 || p.rows == 4) launch_linears_rows<kLanes, 4>(p, stream);
-  if (p.rows > 4) launch_linears_rows<kLanes, kMaxLinearRows>(p, stream);
+template <int kRowTiles>
+cudaError_t launch_linears_tiles(LinearsParams const& p, unsigned blocks, cudaStream_t stream) {
+  cudaLaunchAttribute attribute;  // weights may be read while the kernel before still runs
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(32 * kLinearWarps);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, linears_kernel<kRowTiles>, p);
 }
 
 }  // namespace
@@ -79,13 +79,15 @@ cudaError_t launch_conv(ConvParams const& p, cudaStream_t stream) {
                         : launch_conv_width<4>(p, stream);
 }
 
-cudaError_t launch_linears(LinearsParams const& p, cudaStream_t stream) {
-  if (p.depth <= 16 * kVectorChannels) {  // a row of 128 is one access of 16 lanes
-    launch_linears_lanes<16>(p, stream);
-  } else {
-    launch_linears_lanes<32>(p, stream);
+cudaError_t launch_linears(LinearsParams p, cudaStream_t stream) {
+  int blocks = 0;
+  for (int job = 0; job < p.count; ++job) {
+    p.jobs[job].first_block = blocks;
+    blocks += static_cast<int>(pieces(p.jobs[job].outputs, kLinearOutputs));
   }
-  return cudaGetLastError();
+  return p.rows <= kLinearRowTile       ? launch_linears_tiles<1>(p, blocks, stream)
+         : p.rows <= 2 * kLinearRowTile ? launch_linears_tiles<2>(p, blocks, stream)
+                                        : launch_linears_tiles<4>(p, blocks, stream);
 }
 
 cudaError_t launch_gated_norm(GatedNormParams const& p, cudaStream_t stream) {

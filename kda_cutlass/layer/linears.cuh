@@ -1,65 +1,94 @@
 // Projections of a few rows: every weight is read once, by as many threads as the card holds, and that is all the time there
 // is. Several projections share a launch, because each of them alone is shorter than a launch and too small for the card.
+//
+// A block computes 16 outputs of every row with tensor cores: weights are the left operand, 16 outputs x 16 of the depth, and
+// rows the right one, 8 at a time, so eight rows cost what one costs. Its warps share the depth between them. A lane's
+// 16-byte access is 8 of the depth for two steps of the product, which only permutes the depth, the same way on both sides.
 #pragma once
 
 #include "kda_cutlass/layer/vector.cuh"
 
 namespace kda {
 
-constexpr int kLinearThreads = 128;
-constexpr int kLinearLoads =
-    9;  // of a lane, in flight together: 32 of them read a row of 2304, the 48B model's hidden size
+constexpr int kLinearWarps = 8;
+constexpr int kLinearOutputs = 16;  // of a block
+constexpr int kLinearStep = 32;     // of the depth: one access of each lane
+constexpr int kLinearLoads = 9;     // accesses in flight: 8 warps read 9 * 32 each of 2304, the 48B model's hidden size
+constexpr int kLinearRowTile = 8;
 
 // Read once: not worth a place in the L1, which holds the inputs.
 __device__ __forceinline__ uint4 load_weights(bf16 const* address) {
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(address));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
   return v;
 }
 
-// kLanes lanes compute one output of every row. A row's result does not depend on how many there are.
-template <int kLanes, int kRows>
-__global__ void __launch_bounds__(kLinearThreads) linears_kernel(LinearsParams const p) {
-  int const lane = threadIdx.x % kLanes, vectors = p.depth / kVectorChannels;
-  int const output = blockIdx.x * (kLinearThreads / kLanes) + threadIdx.x / kLanes;
-  int const n = min(output, p.outputs - 1);
+template <int kRowTiles>
+__global__ void __launch_bounds__(32 * kLinearWarps, 2) linears_kernel(LinearsParams const p) {
+  __shared__ float partial[kLinearWarps][4 * kRowTiles][32];
+  let_next_kernel_start();
+  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
   int job = 0;
-  while (job + 1 < p.count && n >= p.jobs[job + 1].first) ++job;
+  while (job + 1 < p.count && static_cast<int>(blockIdx.x) >= p.jobs[job + 1].first_block) ++job;
   LinearJob const& mine = p.jobs[job];
-  bf16 const* const weight = static_cast<bf16 const*>(mine.weight) + int64_t(n - mine.first) * p.depth;
+  int const first_output = (blockIdx.x - mine.first_block) * kLinearOutputs;
+  auto weight_row = [&](int output) {
+    return static_cast<bf16 const*>(mine.weight) + int64_t(min(first_output + output, mine.outputs - 1)) * p.depth;
+  };
+  bf16 const* const weights[2] = {weight_row(group), weight_row(group + 8)};
   bf16 const* const x = static_cast<bf16 const*>(mine.x);
 
-  float sum[kRows] = {};
-  for (int first = lane; first < vectors; first += kLanes * kLinearLoads) {
-    uint4 packed[kLinearLoads];
+  int const steps = (p.depth + kLinearStep - 1) / kLinearStep, share = (steps + kLinearWarps - 1) / kLinearWarps;
+  int const begin = warp * share, end = min(begin + share, steps);
+  float sum[kRowTiles][4] = {};
+  bool waited = false;
+  for (int first = begin; first < end; first += kLinearLoads) {
+    uint4 w[kLinearLoads][2];
 #pragma unroll
     for (int i = 0; i < kLinearLoads; ++i) {
-      int const v = first + i * kLanes;
-      packed[i] = v < vectors ? load_weights(weight + v * kVectorChannels) : uint4{};
+      int const depth = (first + i) * kLinearStep + quarter * kVectorChannels;
+      bool const inside = first + i < end && depth < p.depth;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) w[i][half] = inside ? load_weights(weights[half] + depth) : uint4{};
     }
+    if (!waited) wait_for_previous_kernel();  // which may have written x; the weights were there before it
+    waited = true;
 #pragma unroll
     for (int i = 0; i < kLinearLoads; ++i) {
-      int const v = first + i * kLanes;
-      if (v >= vectors) break;
-      Channels w, input;
-      unpack(packed[i], w);
+      if (first + i >= end) break;
+      int const depth = (first + i) * kLinearStep + quarter * kVectorChannels;
+      uint32_t const step0[4] = {w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y};
+      uint32_t const step1[4] = {w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w};
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        unpack(load_vector(x + int64_t(min(row, p.rows - 1)) * p.depth + v * kVectorChannels), input);
-#pragma unroll
-        for (int c = 0; c < kVectorChannels; ++c) sum[row] += w[c] * input[c];
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        int const row = min(tile * kLinearRowTile + group, p.rows - 1);
+        uint4 const input = depth < p.depth ? load_vector(x + int64_t(row) * p.depth + depth) : uint4{};
+        mma_bf16(sum[tile], step0, input.x, input.y);
+        mma_bf16(sum[tile], step1, input.z, input.w);
       }
     }
   }
-  bf16* const out = static_cast<bf16*>(p.out) + int64_t(mine.first) * p.rows + n - mine.first;
-  int const stride = (job + 1 < p.count ? p.jobs[job + 1].first : p.outputs) - mine.first;
+  if (!waited) wait_for_previous_kernel();
+
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
+  for (int tile = 0; tile < kRowTiles; ++tile) {
 #pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) sum[row] += __shfl_xor_sync(0xffffffffu, sum[row], step);
-    if (lane == 0 && row < p.rows && output < p.outputs) out[int64_t(row) * stride] = __float2bfloat16_rn(sum[row]);
+    for (int i = 0; i < 4; ++i) partial[warp][4 * tile + i][lane] = sum[tile][i];
+  }
+  __syncthreads();
+  // Accumulator i of a lane: output `group` (+ 8 from i = 2 on), row 2 * quarter (+ 1 where i is odd).
+  bf16* const out = static_cast<bf16*>(p.out) + int64_t(mine.first_output) * p.rows + first_output;
+  for (int slot = warp; slot < 4 * kRowTiles; slot += kLinearWarps) {
+    float total = 0.f;
+#pragma unroll
+    for (int other = 0; other < kLinearWarps; ++other) total += partial[other][slot][lane];
+    int const i = slot % 4, output = group + i / 2 * 8;
+    int const row = slot / 4 * kLinearRowTile + 2 * quarter + i % 2;
+    if (row < p.rows && first_output + output < mine.outputs) {
+      out[int64_t(row) * mine.outputs + output] = __float2bfloat16_rn(total);
+    }
   }
 }
 

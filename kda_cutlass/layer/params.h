@@ -63,23 +63,25 @@ cudaError_t launch_gated_norm(const GatedNormParams& params, cudaStream_t stream
 
 // y = x W^T for a few rows of x and several weights, all of the same depth.
 constexpr int kMaxLinears = 6;
-constexpr int kMaxLinearRows = 8;
+constexpr int kMaxLinearRows = 32;
 
 struct LinearJob {
   const void* x = nullptr;       // [rows, depth] bf16, contiguous
-  const void* weight = nullptr;  // [outputs of this job, depth] bf16, contiguous
-  int first = 0;                 // outputs of the jobs before
+  const void* weight = nullptr;  // [outputs, depth] bf16, contiguous
+  int outputs = 0;
+  int first_output = 0;  // outputs of the jobs before
+  int first_block = 0;   // filled in by launch_linears
 };
 
 struct LinearsParams {
   LinearJob jobs[kMaxLinears];
   int count = 0;
   int depth = 0;        // a multiple of 8
-  int rows = 0;         // 1 to 8
-  int outputs = 0;      // of all jobs
-  void* out = nullptr;  // bf16: [rows, outputs of a job] job after job
+  int rows = 0;         // 1 to 32
+  void* out = nullptr;  // bf16: [rows, outputs] of a job after that of another
 };
 
-cudaError_t launch_linears(const LinearsParams& params, cudaStream_t stream);
+// Takes `params` by value to lay out the grid.
+cudaError_t launch_linears(LinearsParams params, cudaStream_t stream);
 
 }  // namespace kda

@@ -11,7 +11,7 @@ from torch import nn
 from ._ops import ops
 from .dispatch import _capability
 
-MOST_ROWS = 8  # of the kernel; more rows are the matrix libraries' business
+MOST_ROWS = 32  # of the kernel; more rows are the matrix libraries' business
 MOST_LINEARS = 6
 
 AVAILABLE = hasattr(ops, "few_row_linears")
