@@ -436,13 +436,14 @@ def test_readme_runs(kernel, tmp_path, monkeypatch):
     tiny_model("kimi_linear").save_pretrained(tmp_path)
     section = (Path(__file__).parents[1] / "README.md").read_text().split("## Use it")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(blocks) == 5
-    replaced = "print(sorted(n for n, where in flash_kda.replaced_functions(model).items() if where))"
+    assert len(blocks) == 8
+    state = """print("state", sum(map(bool, flash_kda.replaced_layers(model).values())),
+        sum(map(bool, flash_kda.replaced_functions(model).values())))"""
     program = "\n".join(
         [
             "import transformers.utils.kernel_config as door",
             "door.KERNELS_SUPPORTED_DEVICE_TYPES.append('cpu')",
-            *[block + (replaced if i else "") for i, block in enumerate(blocks)],
+            *[block + (state if i else "") for i, block in enumerate(blocks)],
         ]
     )
     program = program.replace("moonshotai/Kimi-Linear-48B-A3B-Instruct", str(tmp_path)).replace(
@@ -451,5 +452,6 @@ def test_readme_runs(kernel, tmp_path, monkeypatch):
     environment = os.environ | {"LOCAL_KERNELS": f"moonshot/flash-kda={Path(kernel.__file__).parent}"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    assert said == ["['chunk_kda', 'fused_recurrent_kda']", "[]", *["['chunk_kda', 'fused_recurrent_kda']"] * 2]
+    said = [line for line in done.stdout.splitlines() if line.startswith("state")]
+    # Layers and functions: the helper, its undoing, kernelize and its undoing, KernelConfig; then the functions alone.
+    assert said == [f"state {n}" for n in ("3 0", "0 0", "0 0", "3 0", "0 4", "0 0", "0 4")]

@@ -172,7 +172,10 @@ def replaced_functions(model) -> dict[str, str | None]:
     for module in model.modules():
         # What the model's code calls is the object in its source module. A deep copy of a model carries copies of these
         # objects, which kernelize changes in vain, so what the model itself carries says nothing.
-        code = vars(sys.modules[type(module).__module__])
+        # The class may be derived from transformers' (KernelConfig's layouts are), so the code is not always in its module.
+        code = {}
+        for cls in type(module).__mro__:
+            code = vars(sys.modules[cls.__module__]) | code
         called = {type(f).kernel_layer_name: f for f in code.values() if hasattr(type(f), "kernel_layer_name")}
         for name in getattr(module, "_kernel_funcs", {}):
             runs, original = called[name].forward.__func__, type(called[name]).forward
