@@ -103,17 +103,20 @@ def test_fp32_logits_are_the_original_ones(kernel, device, family, way, softplus
 @by_family
 @pytest.mark.parametrize("way", WAYS)
 def test_bf16_logits_are_no_further_from_fp32_than_before(kernel, device, family, way, caplog):
-    """The error of both is that of bf16 projections; 3 % is how far two independent roundings of them lie apart. On a Hopper
-    GPU this is the CUDA kernel."""
+    """The error of both is that of bf16 projections. Over three models, because in one two independent roundings lie up to 5 %
+    apart by chance, in three 3 %. On a Hopper GPU this is the CUDA kernel."""
     caplog.set_level(logging.INFO, "flash_kda")
-    model, ids = tiny_model(family, head_dim=128).to(device), random_ids(3, 130, device=device)
-    expected = WAYS[way](model, ids)
-    model = model.to(torch.bfloat16)
-    before = relative_error(WAYS[way](model, ids), expected)
-    with kernelized(model, kernel.kernel_mapping()):
-        assert_replaced(kernel, model)
-        after = relative_error(WAYS[way](model, ids), expected)
-    assert after < 1.03 * before
+    before = after = 0.0
+    for seed in range(3):
+        model = tiny_model(family, head_dim=128, seed=seed).to(device)
+        ids = random_ids(3, 130, seed=seed, device=device)
+        expected = WAYS[way](model, ids)
+        model = model.to(torch.bfloat16)
+        before += relative_error(WAYS[way](model, ids), expected) ** 2
+        with kernelized(model, kernel.kernel_mapping()):
+            assert_replaced(kernel, model)
+            after += relative_error(WAYS[way](model, ids), expected) ** 2
+    assert after**0.5 < 1.03 * before**0.5
     assert paths_taken(caplog) == {"cuda prefill" if has_cuda_kernel(kernel, device) else "pytorch"}
 
 

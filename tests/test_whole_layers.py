@@ -73,7 +73,7 @@ def test_fp32_logits_are_the_original_ones(replaced, device, family, way, softpl
 @by_family
 @pytest.mark.parametrize("way", ["prefill", "cached", "left_padded"])
 def test_bf16_logits_are_no_further_from_fp32_than_before(replaced, device, family, way):
-    """Over three models, because in one the roundings of both may lie 4 % apart by chance, in three 2 %. On a Hopper GPU
+    """Over three models, because in one two independent roundings lie up to 5 % apart by chance, in three 3 %. On a Hopper GPU
     these are the CUDA kernels."""
     before = after = 0.0
     for seed in range(3):
@@ -84,7 +84,7 @@ def test_bf16_logits_are_no_further_from_fp32_than_before(replaced, device, fami
         before += relative_error(MANY_WAYS[way](model, ids), expected) ** 2
         with replaced(model):
             after += relative_error(MANY_WAYS[way](model, ids), expected) ** 2
-    assert 0 < after**0.5 < 1.02 * before**0.5
+    assert 0 < after**0.5 < 1.03 * before**0.5
 
 
 @by_family

@@ -112,6 +112,7 @@ template <int kWidth, int kColumns, bool kPacked>
 __global__ void __launch_bounds__(kConvThreads, kConvBlocksPerSm)
     conv_kernel(ConvParams const p, int run, int runs, bool whole) {
   let_next_kernel_start();
+  wait_for_previous_kernel();
   ConvBlock const block(p);
   if (block.vector >= block.vectors) return;
   int const vector = block.vector, b = block.rest / runs;
@@ -174,6 +175,8 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksPerSm)
 // The states of all sequences, after conv_kernel has read those before.
 template <int kColumns>
 __global__ void __launch_bounds__(kConvThreads) conv_state_kernel(ConvParams const p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   ConvBlock const block(p);
   if (block.vector >= block.vectors) return;
   int const n = block.rest;

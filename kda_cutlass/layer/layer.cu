@@ -15,6 +15,22 @@ constexpr int64_t kEnoughBlocks = 1024;  // about two waves of an H200 at the co
 
 int64_t pieces(int64_t work, int64_t each) { return (work + each - 1) / each; }
 
+// Launches a kernel that may start while the one before it still runs: each of them waits before it touches what that one
+// may read or write. In a decode step of a layer this hides most of the launches and the first reads of the weights.
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), unsigned blocks, int threads, cudaStream_t stream, Args const&... args) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 struct ConvGrid {
   int64_t channel_blocks;
   int run, runs;
@@ -36,13 +52,13 @@ cudaError_t launch_conv_shape(ConvParams const& p, cudaStream_t stream) {
   ConvGrid const grid(p);
   if (unsigned const blocks = grid.conv_blocks(p)) {
     auto* const kernel = p.cu_seqlens ? conv_kernel<kWidth, kColumns, true> : conv_kernel<kWidth, kColumns, false>;
-    kernel<<<blocks, kConvThreads, 0, stream>>>(p, grid.run, grid.runs, grid.whole);
-    if (cudaError_t const error = cudaGetLastError()) return error;
+    cudaError_t const error = launch(kernel, blocks, kConvThreads, stream, p, grid.run, grid.runs, grid.whole);
+    if (error != cudaSuccess) return error;
   }
   if (p.final_state && !grid.whole && p.num_seqs > 0) {
-    conv_state_kernel<kColumns><<<grid.state_blocks(p), kConvThreads, 0, stream>>>(p);
+    return launch(conv_state_kernel<kColumns>, grid.state_blocks(p), kConvThreads, stream, p);
   }
-  return cudaGetLastError();
+  return cudaSuccess;
 }
 
 template <int kWidth>
@@ -52,23 +68,9 @@ cudaError_t launch_conv_width(ConvParams const& p, cudaStream_t stream) {
 }
 
 template <int kChannels>
-void launch_norm_channels(GatedNormParams const& p, cudaStream_t stream) {
+cudaError_t launch_norm_channels(GatedNormParams const& p, cudaStream_t stream) {
   int64_t const rows = int64_t(kNormThreads) * kVectorChannels / kChannels * kNormRows;
-  gated_norm_kernel<kChannels><<<static_cast<unsigned>(pieces(p.rows, rows)), kNormThreads, 0, stream>>>(p);
-}
-
-template <int kRowTiles>
-cudaError_t launch_linears_tiles(LinearsParams const& p, unsigned blocks, cudaStream_t stream) {
-  cudaLaunchAttribute attribute;  // weights may be read while the kernel before still runs
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(32 * kLinearWarps);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, linears_kernel<kRowTiles>, p);
+  return launch(gated_norm_kernel<kChannels>, static_cast<unsigned>(pieces(p.rows, rows)), kNormThreads, stream, p);
 }
 
 }  // namespace
@@ -80,22 +82,23 @@ cudaError_t launch_conv(ConvParams const& p, cudaStream_t stream) {
 }
 
 cudaError_t launch_linears(LinearsParams p, cudaStream_t stream) {
-  int blocks = 0;
+  unsigned blocks = 0;
   for (int job = 0; job < p.count; ++job) {
-    p.jobs[job].first_block = blocks;
-    blocks += static_cast<int>(pieces(p.jobs[job].outputs, kLinearOutputs));
+    p.jobs[job].first_block = static_cast<int>(blocks);
+    blocks += static_cast<unsigned>(pieces(p.jobs[job].outputs, p.rows == 1 ? kVectorWarps : kLinearOutputs));
   }
-  return p.rows <= kLinearRowTile       ? launch_linears_tiles<1>(p, blocks, stream)
-         : p.rows <= 2 * kLinearRowTile ? launch_linears_tiles<2>(p, blocks, stream)
-                                        : launch_linears_tiles<4>(p, blocks, stream);
+  if (p.rows == 1) return launch(linear_vector_kernel, blocks, 32 * kVectorWarps, stream, p);
+  auto* const kernel = p.rows <= kLinearRowTile       ? linears_kernel<1>
+                       : p.rows <= 2 * kLinearRowTile ? linears_kernel<2>
+                                                      : linears_kernel<4>;
+  return launch(kernel, blocks, 32 * kLinearWarps, stream, p);
 }
 
 cudaError_t launch_gated_norm(GatedNormParams const& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
-  if (p.channels == 64) launch_norm_channels<64>(p, stream);
-  if (p.channels == 128) launch_norm_channels<128>(p, stream);
-  if (p.channels == 256) launch_norm_channels<256>(p, stream);
-  return cudaGetLastError();
+  return p.channels == 64    ? launch_norm_channels<64>(p, stream)
+         : p.channels == 128 ? launch_norm_channels<128>(p, stream)
+                             : launch_norm_channels<256>(p, stream);
 }
 
 }  // namespace kda

@@ -1,7 +1,7 @@
 // Projections of a few rows: every weight is read once, by as many threads as the card holds, and that is all the time there
 // is. Several projections share a launch, because each of them alone is shorter than a launch and too small for the card.
 //
-// A block computes 16 outputs of every row with tensor cores: weights are the left operand, 16 outputs x 16 of the depth, and
+// One row: a warp computes an output. More rows: a block computes 16 outputs of every row with tensor cores: weights are the left operand, 16 outputs x 16 of the depth, and
 // rows the right one, 8 at a time, so eight rows cost what one costs. Its warps share the depth between them. A lane's
 // 16-byte access is 8 of the depth for two steps of the product, which only permutes the depth, the same way on both sides.
 #pragma once
@@ -10,10 +10,13 @@
 
 namespace kda {
 
+constexpr int kVectorWarps = 4;  // of a block for one row, an output each
+constexpr int kVectorLoads =
+    9;  // of a lane, in flight together: a warp reads the 48B model's hidden size, 2304, at once
+
 constexpr int kLinearWarps = 8;
 constexpr int kLinearOutputs = 16;  // of a block
 constexpr int kLinearStep = 32;     // of the depth: one access of each lane
-constexpr int kLinearLoads = 9;     // accesses in flight: 8 warps read 9 * 32 each of 2304, the 48B model's hidden size
 constexpr int kLinearRowTile = 8;
 
 // Read once: not worth a place in the L1, which holds the inputs.
@@ -25,14 +28,58 @@ __device__ __forceinline__ uint4 load_weights(bf16 const* address) {
   return v;
 }
 
+// The job of a block.
+__device__ __forceinline__ LinearJob const& job_of(LinearsParams const& p) {
+  int job = 0;
+  while (job + 1 < p.count && static_cast<int>(blockIdx.x) >= p.jobs[job + 1].first_block) ++job;
+  return p.jobs[job];
+}
+
+__global__ void __launch_bounds__(32 * kVectorWarps) linear_vector_kernel(LinearsParams const p) {
+  let_next_kernel_start();
+  int const lane = threadIdx.x % 32, vectors = p.depth / kVectorChannels;
+  LinearJob const& mine = job_of(p);
+  int const output = (blockIdx.x - mine.first_block) * kVectorWarps + threadIdx.x / 32;
+  bool const inside = output < mine.outputs;
+  bf16 const* const weight = static_cast<bf16 const*>(mine.weight) + int64_t(output) * p.depth;
+  bf16 const* const x = static_cast<bf16 const*>(mine.x);
+
+  float sum = 0.f;
+  for (int first = 0; first < vectors; first += 32 * kVectorLoads) {
+    uint4 packed[kVectorLoads];
+#pragma unroll
+    for (int i = 0; i < kVectorLoads; ++i) {
+      int const v = first + i * 32 + lane;
+      packed[i] = inside && v < vectors ? load_weights(weight + v * kVectorChannels) : uint4{};
+    }
+    if (first == 0) wait_for_previous_kernel();  // which may have written x; the weights were there before it
+#pragma unroll
+    for (int i = 0; i < kVectorLoads; ++i) {
+      int const v = first + i * 32 + lane;
+      if (v >= vectors) break;
+      Channels w, input;
+      unpack(packed[i], w);
+      unpack(load_vector(x + v * kVectorChannels), input);
+#pragma unroll
+      for (int c = 0; c < kVectorChannels; ++c) sum += w[c] * input[c];
+    }
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  if (lane == 0 && inside) static_cast<bf16*>(p.out)[mine.first_output + output] = __float2bfloat16_rn(sum);
+}
+
+// Accesses of a lane in flight, and blocks on an SM, by the registers that the accumulators leave.
+constexpr int linear_loads(int row_tiles) { return row_tiles == 1 ? 5 : 9; }
+constexpr int linear_blocks(int row_tiles) { return row_tiles == 1 ? 3 : 2; }
+
 template <int kRowTiles>
-__global__ void __launch_bounds__(32 * kLinearWarps, 2) linears_kernel(LinearsParams const p) {
+__global__ void __launch_bounds__(32 * kLinearWarps, linear_blocks(kRowTiles)) linears_kernel(LinearsParams const p) {
+  constexpr int kLinearLoads = linear_loads(kRowTiles);
   __shared__ float partial[kLinearWarps][4 * kRowTiles][32];
   let_next_kernel_start();
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
-  int job = 0;
-  while (job + 1 < p.count && static_cast<int>(blockIdx.x) >= p.jobs[job + 1].first_block) ++job;
-  LinearJob const& mine = p.jobs[job];
+  LinearJob const& mine = job_of(p);
   int const first_output = (blockIdx.x - mine.first_block) * kLinearOutputs;
   auto weight_row = [&](int output) {
     return static_cast<bf16 const*>(mine.weight) + int64_t(min(first_output + output, mine.outputs - 1)) * p.depth;

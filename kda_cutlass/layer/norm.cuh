@@ -11,6 +11,7 @@ constexpr int kNormRows = 4;  // of a thread: their loads are in flight together
 template <int kChannels>
 __global__ void __launch_bounds__(kNormThreads) gated_norm_kernel(GatedNormParams const p) {
   let_next_kernel_start();
+  wait_for_previous_kernel();
   constexpr int kLanes = kChannels / kVectorChannels;
   constexpr int kStep = kNormThreads / kLanes;  // rows that a block treats at a time
   static_assert(kLanes <= 32 && 32 % kLanes == 0);
