@@ -55,13 +55,18 @@ SMALL = dict(
     eos_token_id=2,
 )
 
-# GPU kernels by what they belong to: the first word found in a kernel's name decides.
+# GPU kernels by what they belong to: the first part decides that has a word of the kernel's name.
 PARTS = {
+    "projections": ("linear", "gemm", "nvjet", "gemv", "cublas", "splitk", "cutlass"),
     "conv": ("conv",),
     "norm": ("norm",),
     "kda": ("kda::", "prepare_kernel", "recurrence_kernel", "chunk", "kda", "recurrent", "solve_tril", "cumsum"),
-    "projections": ("gemm", "nvjet", "gemv", "cublas", "splitk", "cutlass"),
 }
+
+
+def part_of(kernel: str) -> str:
+    name = kernel.lower()
+    return next((part for part, words in PARTS.items() if any(word in name for word in words)), "other")
 
 
 # --- the model ----------------------------------------------------------------------------------------------------------
@@ -182,9 +187,7 @@ class Clock:
         for event in profile.events():
             if event.device_type != torch.autograd.DeviceType.CUDA:
                 continue
-            name = event.name.lower()
-            part = next((part for part, words in PARTS.items() if any(word in name for word in words)), "other")
-            found[part] += event.device_time_total / 1e3
+            found[part_of(event.name)] += event.device_time_total / 1e3
             count += 1
         return found, count
 

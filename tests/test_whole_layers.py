@@ -239,6 +239,51 @@ def test_cache_holds_what_the_original_leaves_there(kda_layer, device, family):
     assert len(addresses) == 1
 
 
+@torch.no_grad()
+def static_steps(model, prompt, tokens, step):
+    """Logits of tokens decoded one by one after a prompt, with a static cache; `step(token, cache)` may be captured."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model(prompt, past_key_values=cache, use_cache=True)
+    return torch.cat([step(tokens[:, t, None], cache) for t in range(tokens.shape[1])], 1)
+
+
+def test_static_cache(replaced, device):
+    model, ids = tiny_model("kimi_linear").to(device), random_ids(2, 30, device=device)
+    expected = prefill(model, ids)[:, 20:]
+    eager = lambda token, cache: model(token, past_key_values=cache, use_cache=True).logits  # noqa: E731
+    with replaced(model):
+        assert relative_error(static_steps(model, ids[:, :20], ids[:, 20:], eager), expected) < FP32_TOLERANCE
+
+
+@pytest.mark.gpu
+def test_step_of_a_model_in_a_cuda_graph(replaced, monkeypatch):
+    """With a static cache, a decode step of the whole model is captured once and replayed for every token."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    model = tiny_model("kimi_linear", head_dim=128).to("cuda", torch.bfloat16)
+    model.set_experts_implementation("grouped_mm")
+    ids, captured = random_ids(2, 30, device="cuda"), {}
+    eager = lambda token, cache: model(token, past_key_values=cache, use_cache=True).logits  # noqa: E731
+
+    def replayed(token, cache):
+        if len(captured) < 2:  # two eager steps load what is loaded once
+            captured[len(captured)] = eager(token, cache)
+            return captured[len(captured) - 1]
+        if "graph" not in captured:
+            captured["token"] = token.clone()
+            captured["graph"] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured["graph"]):
+                captured["logits"] = eager(captured["token"], cache)
+        captured["token"].copy_(token)
+        captured["graph"].replay()
+        return captured["logits"].clone()
+
+    with replaced(model):
+        expected = static_steps(model, ids[:, :20], ids[:, 20:], eager)
+        assert relative_error(static_steps(model, ids[:, :20], ids[:, 20:], replayed), expected) < 1e-2
+
+
 @by_family
 def test_training_gives_the_original_gradients(replaced, device, family):
     model, ids = tiny_model(family).to(device).train(), random_ids(2, 70, device=device)
