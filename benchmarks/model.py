@@ -55,18 +55,21 @@ SMALL = dict(
     eos_token_id=2,
 )
 
-# GPU kernels by what they belong to: the first part decides that has a word of the kernel's name.
-PARTS = {
-    "projections": ("linear", "gemm", "nvjet", "gemv", "cublas", "splitk", "cutlass"),
-    "conv": ("conv",),
-    "norm": ("norm",),
-    "kda": ("kda::", "prepare_kernel", "recurrence_kernel", "chunk", "kda", "recurrent", "solve_tril", "cumsum"),
+# GPU kernels by what they belong to: the first word decides that a kernel's name has.
+WORDS = {
+    "linears_kernel": "projections",
+    "linear_vector": "projections",
+    "conv": "conv",
+    "norm": "norm",
+    **dict.fromkeys(("kda", "chunk", "recurrent", "solve_tril", "cumsum"), "kda"),
+    **dict.fromkeys(("gemm", "nvjet", "gemv", "cublas", "splitk", "cutlass"), "projections"),
 }
+PARTS = ("projections", "conv", "norm", "kda")
 
 
 def part_of(kernel: str) -> str:
     name = kernel.lower()
-    return next((part for part, words in PARTS.items() if any(word in name for word in words)), "other")
+    return next((part for word, part in WORDS.items() if word in name), "other")
 
 
 # --- the model ----------------------------------------------------------------------------------------------------------
