@@ -1,4 +1,4 @@
-"""One small call of each mode of the prefill kernel, for compute-sanitizer: `test_sanitizer.py` runs it."""
+"""One small call of each mode of the kernels, for compute-sanitizer: `test_sanitizer.py` runs it."""
 
 import os
 
@@ -7,6 +7,42 @@ from kernels import get_kernel
 
 os.environ["FLASH_KDA_STRICT"] = "1"  # falling back would check nothing
 kernel = get_kernel("moonshot/flash-kda", version=1)
+
+
+def decode(B, T, *, v_first, state, gate="lower_bound", pool=True, cu_seqlens=None):
+    """A call of the decode kernel with three value heads a head, on a pool with padding rows or on states of its own."""
+    H, HV = 1, 3
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    normal = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
+    args = dict(
+        q=normal(B, T, H, 128).bfloat16(),
+        k=normal(B, T, H, 128).bfloat16(),
+        v=normal(B, T, HV, 128).bfloat16(),
+        g=-normal(B, T, HV, 128).abs(),
+        beta=normal(B, T, HV).bfloat16(),
+        A_log=normal(HV),
+        dt_bias=normal(HV * 128),
+        use_gate_in_kernel=gate != "given",
+        lower_bound=-5.0 if gate == "lower_bound" else None,
+        use_qk_l2norm_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+        state_v_first=v_first,
+        cu_seqlens=cu_seqlens,
+    )
+    if not pool:
+        return kernel.fused_recurrent_kda(
+            **args, initial_state=normal(N, HV, 128, 128).to(state), output_final_state=True
+        )
+    slots = torch.arange(N * T, device="cuda", dtype=torch.int32).view(N, T)
+    slots[-1] = torch.tensor([-1, 1 << 30], device="cuda")[slots[-1] % 2]
+    return kernel.fused_recurrent_kda(
+        **args,
+        initial_state=normal(N * T, HV, 128, 128).to(state),
+        inplace_final_state=True,
+        ssm_state_indices=slots,
+        num_accepted_tokens=torch.full((N,), 99, device="cuda"),
+        token_states=torch.empty(B, T, HV, 128, 128, device="cuda"),
+    )
 
 
 def call(H, HV, *, B=1, T=200, N=1, gate="lower_bound", g=torch.bfloat16, beta=torch.bfloat16, state=torch.float32,
@@ -77,4 +113,10 @@ if __name__ == "__main__":
     call(70, 70, T=130)  # one CTA a head
     call(1, 1, T=64 * 66)  # two slabs beside each other
     layer_calls()
+    with torch.no_grad():
+        for v_first in (False, True):
+            for state in (torch.float32, torch.bfloat16):
+                decode(3, 6, v_first=v_first, state=state)  # a slice a CTA, two groups of tokens
+                decode(60, 1, v_first=v_first, state=state, gate="softplus")  # a head a CTA
+                decode(1, 9, v_first=v_first, state=state, gate="given", pool=False, cu_seqlens=packed[:4].clamp(max=9))
     torch.cuda.synchronize()

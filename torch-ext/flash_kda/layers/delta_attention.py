@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import dispatch
-from ..contract import check_call, check_outputs
+from ..chunk import chunk_kda
 from ..gated_norm import gated_rms_norm
 from ..linears import are_few_rows, linears
+from ..recurrent import fused_recurrent_kda
 from ..short_conv import short_conv
 from .kda import _packed_offsets
 
@@ -150,31 +150,22 @@ def _chain(modules, x: torch.Tensor) -> torch.Tensor:
 def _attend(module, q, k, v, f, beta, lower_bound, state, cache, cu_seqlens) -> torch.Tensor:
     """KDA on `[B, T, H * D]` q, k, v and gate input and `[B, T, H]` logits of beta: `[B, T, H, D]`; and the cache's part."""
     heads = (*q.shape[:2], -1, module.head_dim)
-    gate = module.forget_gate
-    call = check_call(
-        q.view(heads),
-        k.view(heads),
-        v.view(heads),
-        f.view(heads),
-        beta,
-        A_log=_wide(gate.A_log),
-        dt_bias=_wide(gate.dt_bias),
-        initial_state=state,
-        cu_seqlens=cu_seqlens,
-        scale=None,
+    q, k, v, f = (x.view(heads) for x in (q, k, v, f))
+    options = dict(
+        A_log=_wide(module.forget_gate.A_log),
+        dt_bias=_wide(module.forget_gate.dt_bias),
         lower_bound=lower_bound,
         use_gate_in_kernel=True,
         use_qk_l2norm_in_kernel=True,
         use_beta_sigmoid_in_kernel=True,
-        allow_neg_eigval=False,
-        state_v_first=False,
+        initial_state=state,
+        cu_seqlens=cu_seqlens,
     )
-    if state is not None and not torch.is_grad_enabled():
-        o = torch.empty_like(call.v)
-        check_outputs(call, o, state)
-        dispatch.execute_into(call, o, state)  # the cache's tensor, in place
-        return o
-    o, final_state = dispatch.execute(call, output_final_state=cache is not None)
+    if (
+        state is not None and not torch.is_grad_enabled()
+    ):  # a few tokens or many, the cache's tensor is updated in place
+        return fused_recurrent_kda(q, k, v, f, beta, **options, inplace_final_state=True)[0]
+    o, final_state = chunk_kda(q, k, v, f, beta, **options, output_final_state=cache is not None)
     if cache is not None:
         cache.update_recurrent_state(final_state, module.layer_idx)
     return o
@@ -195,7 +186,7 @@ def _wide(parameter: torch.Tensor) -> torch.Tensor:
     if known != key:
         if torch.cuda.is_current_stream_capturing():  # a copy made in a graph is there after a replay only
             return parameter
-        copy = parameter.detach().float()
+        copy = parameter.detach().flatten().float()
         _WIDE[parameter] = key, copy
     return copy
 

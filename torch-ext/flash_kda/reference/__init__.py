@@ -3,6 +3,15 @@ judges every path."""
 
 from .chunked import chunked_backward, chunked_forward
 from .layer import conv_state, gated_rms_norm, short_conv
+from .pooled import pooled_forward
 from .recurrence import recurrent_kda
 
-__all__ = ["chunked_backward", "chunked_forward", "conv_state", "gated_rms_norm", "recurrent_kda", "short_conv"]
+__all__ = [
+    "chunked_backward",
+    "chunked_forward",
+    "conv_state",
+    "gated_rms_norm",
+    "pooled_forward",
+    "recurrent_kda",
+    "short_conv",
+]
