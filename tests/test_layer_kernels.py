@@ -307,7 +307,8 @@ def test_few_rows(kernel, rows, K, sizes):
     outputs = kernel.linears.linears(modules, inputs, True)
     for module, x, y in zip(modules, inputs, outputs):
         expected = x.double() @ module.weight.double().T
-        assert y.is_contiguous() and y.dtype == x.dtype and relative_error(y, expected) < TOLERANCE[torch.bfloat16]
+        assert y.is_contiguous() and y.dtype == x.dtype
+        assert relative_error(y, expected) < 2.6e-3  # one rounding: up to 3.9e-3 in a value, this over 40 of them
         if rows[0] > 1:
             assert torch.equal(kernel.linears.linears((module,), (x[:2].contiguous(),), True)[0], y[:2])
 
