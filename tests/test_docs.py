@@ -26,9 +26,8 @@ from packaging.requirements import Requirement
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 import release
-from local_hub import LocalHub, client_environment
-
 from build import Spec, tomllib
+from local_hub import LocalHub, client_environment
 
 FILES = [
     "README.md",

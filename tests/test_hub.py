@@ -19,9 +19,8 @@ from conftest import REPO_ID, ROOT
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 import release
-from local_hub import LocalHub, client_environment, read_branch
-
 from build import Spec
+from local_hub import LocalHub, client_environment, read_branch
 
 VARIANT = "torch-cpu"
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="written for the variant of a CPU torch")

@@ -15,10 +15,9 @@ import yaml
 from conftest import KERNELS_CI, REPO_ID, ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
+import build as kernel_build
 import check_cuda
 import release
-
-import build as kernel_build
 
 SPEC = kernel_build.Spec(ROOT)
 

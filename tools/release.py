@@ -19,11 +19,10 @@ import sys
 from pathlib import Path
 
 import jinja2
+from build import GLIBC, PYTHON_ABI, ROOT, Spec
 from kernel_abi_check import ObjectFile
 from kernels._rust import Digest, DigestValidationError, Metadata
 from kernels.variants import ArchVariant, parse_variant
-
-from build import GLIBC, PYTHON_ABI, ROOT, Spec
 
 SIZE_LIMIT = 50 << 20  # bytes of a variant
 # What a library may need: torch's own and the C and C++ runtimes that every Linux of GLIBC or newer has.
