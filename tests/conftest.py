@@ -10,10 +10,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "moonshot/flash-kda"
+# What a released build is tested with on a GPU runner: `pytest -m kernels_ci`, the Hub's own name for such tests
+KERNELS_CI = {"test_dispatch", "test_kda", "test_report", "test_serving"}
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a Hopper GPU and the CUDA build")
+    config.addinivalue_line("markers", "kernels_ci: part of the test of a released build")
     os.environ.setdefault("LOCAL_KERNELS", f"{REPO_ID}={ROOT}")
     # The Python-only variant builds in under a second, so it is always that of the present sources. The CUDA variant is
     # compiled beforehand: the machine that tests it need not have nvcc. Workers of pytest-xdist find the controller's
@@ -26,7 +29,11 @@ def pytest_configure(config):
         torch.set_num_threads(1)  # workers share the cores: thread pools of each would wait for one another
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in KERNELS_CI:
+            item.add_marker("kernels_ci")
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -1,4 +1,4 @@
-"""One small call of each mode of the prefill kernel, for compute-sanitizer: `test_sanitizer.py` runs it."""
+"""One small call of each mode of the kernels, for compute-sanitizer: `test_sanitizer.py` runs it."""
 
 import os
 
@@ -7,6 +7,42 @@ from kernels import get_kernel
 
 os.environ["FLASH_KDA_STRICT"] = "1"  # falling back would check nothing
 kernel = get_kernel("moonshot/flash-kda", version=1)
+
+
+def decode(B, T, *, v_first, state, gate="lower_bound", pool=True, cu_seqlens=None):
+    """A call of the decode kernel with three value heads a head, on a pool with padding rows or on states of its own."""
+    H, HV = 1, 3
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    normal = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
+    args = dict(
+        q=normal(B, T, H, 128).bfloat16(),
+        k=normal(B, T, H, 128).bfloat16(),
+        v=normal(B, T, HV, 128).bfloat16(),
+        g=-normal(B, T, HV, 128).abs(),
+        beta=normal(B, T, HV).bfloat16(),
+        A_log=normal(HV),
+        dt_bias=normal(HV * 128),
+        use_gate_in_kernel=gate != "given",
+        lower_bound=-5.0 if gate == "lower_bound" else None,
+        use_qk_l2norm_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+        state_v_first=v_first,
+        cu_seqlens=cu_seqlens,
+    )
+    if not pool:
+        return kernel.fused_recurrent_kda(
+            **args, initial_state=normal(N, HV, 128, 128).to(state), output_final_state=True
+        )
+    slots = torch.arange(N * T, device="cuda", dtype=torch.int32).view(N, T)
+    slots[-1] = torch.tensor([-1, 1 << 30], device="cuda")[slots[-1] % 2]
+    return kernel.fused_recurrent_kda(
+        **args,
+        initial_state=normal(N * T, HV, 128, 128).to(state),
+        inplace_final_state=True,
+        ssm_state_indices=slots,
+        num_accepted_tokens=torch.full((N,), 99, device="cuda"),
+        token_states=torch.empty(B, T, HV, 128, 128, device="cuda"),
+    )
 
 
 def call(H, HV, *, B=1, T=200, N=1, gate="lower_bound", g=torch.bfloat16, beta=torch.bfloat16, state=torch.float32,
@@ -39,6 +75,34 @@ def call(H, HV, *, B=1, T=200, N=1, gate="lower_bound", g=torch.bfloat16, beta=t
             assert torch.isfinite(result).all()
 
 
+def layer_calls():
+    """The kernels around KDA: states in place, packed and whole runs, inputs that are views, tails of every kind."""
+
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    with torch.no_grad():
+        for width, columns in ((2, 1), (3, 3), (4, 4)):
+            state, weight, bias = normal(4, 3 * 72, columns), normal(3 * 72, width), normal(3 * 72)
+            offsets = torch.tensor([0, 0, 1, 30, 43], device="cuda")
+            packed = kernel.short_conv(
+                normal(1, 45, 3 * 72).chunk(3, -1), weight, bias, "silu",
+                initial_state=state, final_state=state, cu_seqlens=offsets,
+            )  # fmt: skip
+            assert all(y.isfinite().all() for y in packed) and state.isfinite().all()
+            for T in (1, 5, 77):
+                y = kernel.short_conv(normal(4, T, 3 * 72), weight.float(), initial_state=state, final_state=state)
+                assert y.isfinite().all() and state.isfinite().all()
+        for channels in (64, 128, 256):
+            assert (
+                kernel.gated_rms_norm(normal(3, 7, channels), normal(3, 7, channels), normal(channels)).isfinite().all()
+            )
+        for depth, rows in ((72, 1), (128, 11), (2304, 32)):
+            modules = [torch.nn.Linear(depth, n, bias=False, device="cuda", dtype=torch.bfloat16) for n in (16, 40, 3)]
+            for y in kernel.linears.linears(modules, (normal(rows, 1, depth),) * 3, True):
+                assert y.isfinite().all()
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     packed = torch.tensor([0, 0, 1, 70, 200], device="cuda")
@@ -48,4 +112,11 @@ if __name__ == "__main__":
     call(1, 3, B=2, N=2, T=65, gate="given", g=torch.float32)
     call(70, 70, T=130)  # one CTA a head
     call(1, 1, T=64 * 66)  # two slabs beside each other
+    layer_calls()
+    with torch.no_grad():
+        for v_first in (False, True):
+            for state in (torch.float32, torch.bfloat16):
+                decode(3, 6, v_first=v_first, state=state)  # a slice a CTA, two groups of tokens
+                decode(60, 1, v_first=v_first, state=state, gate="softplus")  # a head a CTA
+                decode(1, 9, v_first=v_first, state=state, gate="given", pool=False, cu_seqlens=packed[:4].clamp(max=9))
     torch.cuda.synchronize()

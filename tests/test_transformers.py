@@ -103,18 +103,22 @@ def test_fp32_logits_are_the_original_ones(kernel, device, family, way, softplus
 @by_family
 @pytest.mark.parametrize("way", WAYS)
 def test_bf16_logits_are_no_further_from_fp32_than_before(kernel, device, family, way, caplog):
-    """The error of both is that of bf16 projections; 3 % is how far two independent roundings of them lie apart. On a Hopper
-    GPU this is the CUDA kernel."""
+    """The error of both is that of bf16 projections. Over three models, because in one two independent roundings lie up to 5 %
+    apart by chance, in three 3 %. On a Hopper GPU this is the CUDA kernel."""
     caplog.set_level(logging.INFO, "flash_kda")
-    model, ids = tiny_model(family, head_dim=128).to(device), random_ids(3, 130, device=device)
-    expected = WAYS[way](model, ids)
-    model = model.to(torch.bfloat16)
-    before = relative_error(WAYS[way](model, ids), expected)
-    with kernelized(model, kernel.kernel_mapping()):
-        assert_replaced(kernel, model)
-        after = relative_error(WAYS[way](model, ids), expected)
-    assert after < 1.03 * before
-    assert paths_taken(caplog) == {"cuda prefill" if has_cuda_kernel(kernel, device) else "pytorch"}
+    before = after = 0.0
+    for seed in range(3):
+        model = tiny_model(family, head_dim=128, seed=seed).to(device)
+        ids = random_ids(3, 130, seed=seed, device=device)
+        expected = WAYS[way](model, ids)
+        model = model.to(torch.bfloat16)
+        before += relative_error(WAYS[way](model, ids), expected) ** 2
+        with kernelized(model, kernel.kernel_mapping()):
+            assert_replaced(kernel, model)
+            after += relative_error(WAYS[way](model, ids), expected) ** 2
+    assert after**0.5 < 1.03 * before**0.5
+    cuda = {"cuda prefill"} if way == "prefill" else {"cuda prefill", "cuda decode"}
+    assert paths_taken(caplog) == (cuda if has_cuda_kernel(kernel, device) else {"pytorch"})
 
 
 @by_family
@@ -123,7 +127,7 @@ def test_a_wrong_kernel_would_be_seen(kernel, device, family, monkeypatch):
     model, ids = tiny_model(family).to(device), random_ids(3, 130, device=device)
     expected = cached(model, ids)
     module = kernel.layers.kda
-    for name in FUNCTIONS:
+    for name in ("chunk_kda", "fused_recurrent_kda"):
         right = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda q, k, v, g, beta, *, right=right, **kwargs: right(q, k, v, 1.01 * g, beta, **kwargs)
@@ -146,20 +150,10 @@ def test_generate_gives_the_same_tokens(kernel, device, family):
     assert torch.equal(actual, expected)
 
 
-def make_convolution_pointwise(model):
-    """Leave only the present token in the short convolution, which in these models does not keep packed sequences apart
-    (transformers gives it `cu_seq_lens_q`, which its own version ignores)."""
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "_kernel_funcs"):
-                module.conv1d.weight[..., :-1] = 0
-
-
 @by_family
 @torch.no_grad()
 def test_packed_sequences_do_not_see_each_other(kernel, device, family):
     model = tiny_model(family).to(device)
-    make_convolution_pointwise(model)
     module = kda_module(model)
     x = torch.randn(1, 150, 64, generator=torch.Generator().manual_seed(1)).to(device)
     offsets = torch.tensor([0, 64, 65, 150], dtype=torch.int32, device=device)
@@ -174,7 +168,6 @@ def test_packed_sequences_do_not_see_each_other(kernel, device, family):
 @torch.no_grad()
 def test_packed_batch_of_a_whole_model(kernel, device):
     model = tiny_model("kimi_linear").to(device)
-    make_convolution_pointwise(model)
     ids, lengths = random_ids(1, 150, device=device), [64, 1, 85]
     alone = torch.cat([prefill(model, piece) for piece in ids.split(lengths, dim=1)], 1)
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
@@ -388,6 +381,8 @@ def test_kernel_config_by_name(kernel, own_mapping, saved_model, monkeypatch):
         {
             "chunk_kda": ("moonshot/flash-kda:chunk_kimi_delta_attention", where),
             "fused_recurrent_kda": ("moonshot/flash-kda:recurrent_kimi_delta_attention", where),
+            "causal_conv1d_fn": ("moonshot/flash-kda:causal_conv1d_fn", where),
+            "causal_conv1d_update": ("moonshot/flash-kda:causal_conv1d_update", where),
         }
     )
     model = AutoModelForCausalLM.from_pretrained(path, use_kernels=True, kernel_config=config)
@@ -416,8 +411,10 @@ def test_generate_example(kernel, device, tmp_path, dtype):
     assert "chunk_kimi_delta_attention" in done.stdout and "tokens per second" in done.stdout
     figures = json.loads(report.read_text())
     assert set(figures["replaced"]) == set(FUNCTIONS)
-    path = "cuda prefill" if dtype == "bfloat16" and has_cuda_kernel(kernel, device) else "pytorch"
-    assert {said.split(":")[0] for said in figures["paths"]} == {path}
+    cuda = dtype == "bfloat16" and has_cuda_kernel(kernel, device)
+    assert {said.split(":")[0] for said in figures["paths"]} <= (
+        {"cuda prefill", "cuda decode"} if cuda else {"pytorch"}
+    )
     tolerance = FP32_TOLERANCE if dtype == "float32" else 0.05
     assert 0 < figures["logit_difference"] < tolerance * figures["largest_logit"]
     if dtype == "float32":
@@ -445,13 +442,14 @@ def test_readme_runs(kernel, tmp_path, monkeypatch):
     tiny_model("kimi_linear").save_pretrained(tmp_path)
     section = (Path(__file__).parents[1] / "README.md").read_text().split("## Use it")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(blocks) == 5
-    replaced = "print(sorted(n for n, where in flash_kda.replaced_functions(model).items() if where))"
+    assert len(blocks) == 8
+    state = """print("state", sum(map(bool, flash_kda.replaced_layers(model).values())),
+        sum(map(bool, flash_kda.replaced_functions(model).values())))"""
     program = "\n".join(
         [
             "import transformers.utils.kernel_config as door",
             "door.KERNELS_SUPPORTED_DEVICE_TYPES.append('cpu')",
-            *[block + (replaced if i else "") for i, block in enumerate(blocks)],
+            *[block + (state if i else "") for i, block in enumerate(blocks)],
         ]
     )
     program = program.replace("moonshotai/Kimi-Linear-48B-A3B-Instruct", str(tmp_path)).replace(
@@ -460,5 +458,6 @@ def test_readme_runs(kernel, tmp_path, monkeypatch):
     environment = os.environ | {"LOCAL_KERNELS": f"moonshot/flash-kda={Path(kernel.__file__).parent}"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    assert said == ["['chunk_kda', 'fused_recurrent_kda']", "[]", *["['chunk_kda', 'fused_recurrent_kda']"] * 2]
+    said = [line for line in done.stdout.splitlines() if line.startswith("state")]
+    # Layers and functions: the helper, its undoing, kernelize and its undoing, KernelConfig; then the functions alone.
+    assert said == [f"state {n}" for n in ("3 0", "0 0", "0 0", "3 0", "0 4", "0 0", "0 4")]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 FAMILIES = ("kimi_linear", "glm5_next", "bailing_hybrid")
-FUNCTIONS = ("chunk_kda", "fused_recurrent_kda")
+FUNCTIONS = ("chunk_kda", "fused_recurrent_kda", "causal_conv1d_fn", "causal_conv1d_update")
 VOCAB = 128
 
 COMMON = dict(
@@ -159,12 +159,23 @@ def kernelized(model, mapping: dict, *, mode=None):
 
 
 def assert_replaced(kernel, model):
-    """Both KDA functions, and no other, run layers of this very build."""
+    """The four functions of a KDA layer, and no other, run layers of this very build."""
     replaced = {name: where for name, where in kernel.replaced_functions(model).items() if where}
     assert replaced == {
         "chunk_kda": f"{kernel.__name__}.layers.kda.chunk_kimi_delta_attention",
         "fused_recurrent_kda": f"{kernel.__name__}.layers.kda.recurrent_kimi_delta_attention",
+        "causal_conv1d_fn": f"{kernel.__name__}.layers.conv.causal_conv1d_fn",
+        "causal_conv1d_update": f"{kernel.__name__}.layers.conv.causal_conv1d_update",
     }
+
+
+def assert_layers_replaced(kernel, model):
+    """Every KDA layer runs whole in this very build."""
+    replaced = kernel.replaced_layers(model)
+    assert len(replaced) == 3
+    for name, where in replaced.items():
+        layer = type(model.get_submodule(name)).__name__.removesuffix("Layout")
+        assert where == f"{kernel.__name__}.layers.delta_attention.{layer}"
 
 
 def assert_original(kernel, model):

@@ -1,4 +1,4 @@
-"""The public prefill functions: :func:`chunk_kda` (FLA's interface) and :func:`fwd` (FlashKDA's)."""
+"""The public prefill functions: :func:`chunk_kda` (FLA's interface), :func:`fwd` and its workspace (FlashKDA's)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from . import dispatch
+from . import dispatch, prefill
 from .contract import check_call, check_outputs
 
 
@@ -147,6 +147,20 @@ def chunk_kda(
     return dispatch.execute(call, output_final_state)
 
 
+def get_workspace_size(tokens: int, heads: int, num_sequences: int = 1) -> int:
+    """Bytes of workspace that :func:`fwd` wants at most, wherever it starts.
+
+    Never falls when ``tokens`` or ``num_sequences`` grows, so what suits the largest batch suits every other. At most
+    256 MiB, or one chunk of every head where that is more. Name and arguments are FlashKDA's.
+
+    Args:
+        tokens: B * T; with ``cu_seqlens``, the length of the packed buffer.
+        heads: HV, value heads.
+        num_sequences: N.
+    """
+    return prefill.workspace_size(1, tokens, num_sequences, heads, True) + prefill.WORKSPACE_ALIGNMENT - 1
+
+
 def fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -161,11 +175,16 @@ def fwd(
     initial_state: torch.Tensor | None = None,
     final_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    *,
+    workspace: torch.Tensor | None = None,
+    use_gate_in_kernel: bool = True,
+    use_qk_l2norm_in_kernel: bool = True,
+    use_beta_sigmoid_in_kernel: bool = True,
 ) -> None:
-    """KDA prefill into the caller's tensors, with the interface of FlashKDA: FLA, SGLang and vLLM call this name.
+    """KDA prefill into the caller's tensors, with the interface of FlashKDA: FLA and SGLang call this name.
 
-    As :func:`chunk_kda` with q and k normalised, the gate and the sigmoid of beta computed in the kernel, and V-first
-    states; ``lower_bound=None`` selects the softplus gate, which FlashKDA does not have.
+    As :func:`chunk_kda` with V-first states; ``lower_bound=None`` selects the softplus gate, which FlashKDA does not have.
+    :func:`flash_kda.vllm.fwd` has the argument order of vLLM's fork.
 
     Args:
         q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]``; g: raw gate ``[B, T, HV, K]``; beta: logits ``[B, T, HV]``.
@@ -178,6 +197,11 @@ def fwd(
         final_state: ``[N, HV, V, K]`` float32 or bfloat16, contiguous, written in place in its own dtype; may be
             ``initial_state``.
         cu_seqlens: ``[N + 1]`` int32 or int64 on q's device; B = 1 with it.
+        workspace: uint8 of :func:`get_workspace_size` bytes, 1-D, contiguous; its contents are lost. Default: allocated.
+        use_gate_in_kernel: False takes ``g`` as the log decay itself; then ``A_log``, ``dt_bias`` and ``lower_bound``
+            are not read. Default True.
+        use_qk_l2norm_in_kernel: False takes q and k as they are. Default True.
+        use_beta_sigmoid_in_kernel: False takes ``beta`` as the step itself. Default True.
 
     Raises:
         ValueError, TypeError: as :func:`chunk_kda`, before anything is written.
@@ -196,11 +220,12 @@ def fwd(
         cu_seqlens=cu_seqlens,
         scale=scale,
         lower_bound=lower_bound,
-        use_gate_in_kernel=True,
-        use_qk_l2norm_in_kernel=True,
-        use_beta_sigmoid_in_kernel=True,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=False,
         state_v_first=True,
     )
-    check_outputs(call, out, final_state)
-    dispatch.execute_into(call, out, final_state)
+    size = 0 if workspace is None else get_workspace_size(q.shape[0] * q.shape[1], v.shape[2], call.num_sequences)
+    check_outputs(call, out, final_state, workspace, size)
+    dispatch.execute_into(call, out, final_state, workspace)

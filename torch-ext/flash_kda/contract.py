@@ -13,6 +13,7 @@ import torch
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 STATE_FLOATS = (torch.float32, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
 
 
 class Call(NamedTuple):
@@ -36,6 +37,7 @@ class Call(NamedTuple):
     allow_neg_eigval: bool
     state_v_first: bool
     batch_invariant: bool
+    recurrent: bool = False  # a call of fused_recurrent_kda: a few tokens a sequence
 
     @property
     def num_sequences(self) -> int:
@@ -50,6 +52,21 @@ class Call(NamedTuple):
     def state_dtype(self) -> torch.dtype:
         """Of the state that a call returns: float32 as in FLA, float64 for float64 inputs."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+
+class States(NamedTuple):
+    """Where the states of a recurrent call lie, beside its :class:`Call`, whose ``initial_state`` is the pool where there
+    are indices. The order of the fields is that of the custom op's arguments."""
+
+    ssm_state_indices: torch.Tensor | None  # [N], or [N, S] with a column for every token
+    num_accepted_tokens: torch.Tensor | None  # [N]
+    token_states: torch.Tensor | None  # [B, T, HV, K, V], or V-first
+    inplace_final_state: bool
+    min_state_index: int
+
+    @property
+    def by_token(self) -> bool:
+        return self.ssm_state_indices is not None and self.ssm_state_indices.dim() == 2
 
 
 def check_call(
@@ -73,8 +90,11 @@ def check_call(
     cu_seqlens_cpu: torch.Tensor | None = None,
     safe_gate: bool = False,
     batch_invariant: bool = False,
+    recurrent: bool = False,
+    pool: bool = False,
 ) -> Call:
-    """Checks the arguments of :func:`flash_kda.chunk_kda` and gives them their defaults.
+    """Checks the arguments of :func:`flash_kda.chunk_kda` and gives them their defaults. With ``pool`` the initial state is
+    a pool of any number of slots.
 
     The last dimension of q, k, v and g must be contiguous on every device: the kernels read it in vectors, and a silent
     copy of the four largest tensors would hide the cost. All other strides are free.
@@ -154,14 +174,62 @@ def check_call(
         bool(allow_neg_eigval),
         bool(state_v_first),
         bool(batch_invariant),
+        recurrent,
     )
     if initial_state is not None:
-        _state("initial_state", initial_state, call)
+        if pool:
+            _pool("initial_state", initial_state, 1, call)
+        else:
+            _state("initial_state", initial_state, call)
     return call
 
 
-def check_outputs(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
-    """Checks the tensors that :func:`flash_kda.fwd` writes."""
+def check_states(
+    call: Call,
+    ssm_state_indices: torch.Tensor | None,
+    num_accepted_tokens: torch.Tensor | None,
+    token_states: torch.Tensor | None,
+    inplace_final_state: bool,
+    min_state_index: int,
+) -> States:
+    """Checks the serving arguments of :func:`flash_kda.fused_recurrent_kda`."""
+    T, N = call.q.shape[1], call.num_sequences
+    if call.initial_state is None and (inplace_final_state or ssm_state_indices is not None):
+        raise _broken("initial_state", "the states that inplace_final_state or ssm_state_indices speak of", None)
+    if inplace_final_state and ssm_state_indices is None and not call.initial_state.is_contiguous():
+        strides = f"strides {list(call.initial_state.stride())}"
+        raise _broken("initial_state", "a contiguous tensor, since inplace_final_state=True", strides)
+    if ssm_state_indices is not None:
+        _tensor("ssm_state_indices", ssm_state_indices, INTEGERS, call.q)
+        if ssm_state_indices.dim() not in (1, 2) or ssm_state_indices.shape[0] != N:
+            shape = f"shape {_shape(ssm_state_indices)}"
+            raise _broken("ssm_state_indices", f"shape [N] or [N, S], N = {N} sequences", shape)
+        if ssm_state_indices.dim() == 2:
+            least = T if call.cu_seqlens is None else 1
+            if ssm_state_indices.shape[1] < max(least, 1):
+                shape = f"shape {_shape(ssm_state_indices)}"
+                raise _broken("ssm_state_indices", f"a column for each of {max(least, 1)} tokens or more", shape)
+    if num_accepted_tokens is not None:
+        if ssm_state_indices is None:
+            raise _broken("num_accepted_tokens", "ssm_state_indices beside it", None)
+        _tensor("num_accepted_tokens", num_accepted_tokens, INTEGERS, call.q)
+        _has_shape("num_accepted_tokens", num_accepted_tokens, (N,), "[N]")
+    if token_states is not None:
+        _pool("token_states", token_states, 2, call)
+        if token_states.shape[:2] != call.q.shape[:2]:
+            expected = f"shape [B, T, ...] = {[*call.q.shape[:2]]} + ..."
+            raise _broken("token_states", expected, f"shape {_shape(token_states)}")
+    if isinstance(min_state_index, bool) or not isinstance(min_state_index, int):
+        raise _broken("min_state_index", "an int", type(min_state_index).__name__, TypeError)
+    if min_state_index < 0:
+        raise _broken("min_state_index", "0 or more: a negative index is padding always", min_state_index)
+    return States(ssm_state_indices, num_accepted_tokens, token_states, bool(inplace_final_state), min_state_index)
+
+
+def check_outputs(
+    call: Call, out: torch.Tensor, final_state: torch.Tensor | None, workspace: torch.Tensor | None, size: int
+) -> None:
+    """Checks the tensors that :func:`flash_kda.fwd` writes; ``size`` is what the workspace must hold, in bytes."""
     _tensor("out", out, (call.q.dtype,), call.q)
     _has_shape("out", out, tuple(call.v.shape), "that of v, [B, T, HV, V]")
     _dense_rows("out", out)
@@ -169,6 +237,10 @@ def check_outputs(call: Call, out: torch.Tensor, final_state: torch.Tensor | Non
         _state("final_state", final_state, call)
         if not final_state.is_contiguous():
             raise _broken("final_state", "a contiguous tensor", f"strides {list(final_state.stride())}")
+    if workspace is not None:
+        _tensor("workspace", workspace, (torch.uint8,), call.q)
+        if workspace.dim() != 1 or workspace.stride(0) != 1 or workspace.shape[0] < size:
+            raise _broken("workspace", f"shape [{size}] or longer, contiguous", f"shape {_shape(workspace)}")
 
 
 def check_contents(call: Call) -> None:
@@ -219,6 +291,20 @@ def _state(name: str, x: torch.Tensor, call: Call) -> None:
     _tensor(name, x, (*STATE_FLOATS, torch.float64) if call.q.dtype == torch.float64 else STATE_FLOATS, call.q)
     meaning = "[N, HV, V, K], V-first" if call.state_v_first else "[N, HV, K, V]"
     _has_shape(name, x, call.state_shape, f"{meaning}, N = {call.num_sequences} sequences")
+
+
+def _pool(name: str, x: torch.Tensor, lead: int, call: Call) -> None:
+    """States with ``lead`` dimensions before [HV, K, V], whose strides are free; the last three are dense."""
+    _tensor(name, x, (*STATE_FLOATS, torch.float64) if call.q.dtype == torch.float64 else STATE_FLOATS, call.q)
+    inner = call.state_shape[1:]
+    if x.dim() != lead + 3 or x.shape[lead:] != inner:
+        meaning = "[HV, V, K], V-first" if call.state_v_first else "[HV, K, V]"
+        raise _broken(name, f"{lead} dimensions and then {list(inner)} ({meaning})", f"shape {_shape(x)}")
+    dense = 1
+    for size, stride in zip(reversed(x.shape[lead:]), reversed(x.stride()[lead:])):
+        if size > 1 and stride != dense:
+            raise _broken(name, "dense states, only the strides before [HV, ...] free", f"strides {list(x.stride())}")
+        dense *= size
 
 
 def _number(name: str, x: Any) -> float:

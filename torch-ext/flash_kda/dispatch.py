@@ -3,6 +3,7 @@
 | tensors | runs |
 |---|---|
 | CUDA, capability 9.0, bfloat16 (g may be float32), K = V = 128, no gradient needed, CUDA build | the prefill kernel |
+| the same in a call of ``fused_recurrent_kda``, up to 16 tokens a sequence on average | the decode kernel |
 | CUDA otherwise | the PyTorch path, with one warning per reason |
 | any other device | the PyTorch path |
 
@@ -10,7 +11,8 @@ Environment, read at each call:
 
 - ``FLASH_KDA_STRICT=1``: an error instead of the PyTorch path where the tensors are on a CUDA device.
 - ``FLASH_KDA_VALIDATE=1``: checks the contents of ``cu_seqlens`` (synchronises).
-- ``FLASH_KDA_BATCH_INVARIANT=1``: as ``batch_invariant=True`` of every call.
+- ``FLASH_KDA_BATCH_INVARIANT=1``: as ``batch_invariant=True`` of every call; ``fused_recurrent_kda`` then takes the decode
+  kernel whatever the lengths.
 
 The logger ``flash_kda`` says at INFO what ran.
 
@@ -27,14 +29,15 @@ import warnings
 
 import torch
 
-from . import prefill
+from . import decode, prefill
 from ._ops import add_op_namespace_prefix
-from .contract import Call, check_contents
-from .reference import chunked_backward, chunked_forward
+from .contract import Call, States, check_contents
+from .reference import chunked_backward, chunked_forward, pooled_forward
 
 logger = logging.getLogger("flash_kda")
 
 CUDA_PREFILL = "cuda prefill"
+CUDA_DECODE = "cuda decode"
 PYTORCH = "pytorch"
 
 _warned: set[str] = set()
@@ -58,20 +61,55 @@ def select(call: Call, needs_grad: bool) -> tuple[str, str]:
     K, V = call.q.shape[3], call.v.shape[3]
     if not K == V == prefill.HEAD_DIM:
         return PYTORCH, f"the kernel takes head dims K = V = {prefill.HEAD_DIM}, got {K} and {V}"
-    return CUDA_PREFILL, "every condition of the kernel holds"
+    path = CUDA_DECODE if call.recurrent and decode.takes(call) else CUDA_PREFILL
+    return path, "every condition of the kernel holds"
 
 
-def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None, needs_grad: bool = False) -> None:
+def select_pooled(call: Call, states: States) -> tuple[str, str]:
+    """``(path, reason)`` for a call with serving arguments, which only the decode kernel has."""
+    path, reason = select(call, needs_grad=False)
+    if path == PYTORCH:
+        return path, reason
+    for name, x, lead in (("initial_state", call.initial_state, 1), ("token_states", states.token_states, 2)):
+        if x is not None and not decode.serves(x, lead):
+            return PYTORCH, f"the kernel takes {name} with an address and strides that are multiples of 16 bytes"
+    return CUDA_DECODE, reason
+
+
+def run(
+    call: Call,
+    out: torch.Tensor,
+    final_state: torch.Tensor | None,
+    needs_grad: bool = False,
+    workspace: torch.Tensor | None = None,
+) -> None:
     """Writes ``out`` and ``final_state`` (if not None) by the path that :func:`select` names."""
     if os.environ.get("FLASH_KDA_VALIDATE") == "1":
         check_contents(call)
     if os.environ.get("FLASH_KDA_BATCH_INVARIANT") == "1":
         call = call._replace(batch_invariant=True)
-    path, reason = select(call, needs_grad)
+    path = _announce(call, *select(call, needs_grad))
+    if path == CUDA_PREFILL:
+        prefill.run(call, out, final_state, workspace)
+    else:
+        (decode.run if path == CUDA_DECODE else chunked_forward)(call, out, final_state)
+
+
+def run_pooled(call: Call, states: States, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+    """The same with serving arguments."""
+    if os.environ.get("FLASH_KDA_VALIDATE") == "1":
+        check_contents(call)
+    if _announce(call, *select_pooled(call, states)) == CUDA_DECODE:
+        decode.run(call, out, final_state, states)
+    else:
+        pooled_forward(call, states, out, final_state)
+
+
+def _announce(call: Call, path: str, reason: str) -> str:
     if path == PYTORCH and call.q.device.type == "cuda":
         _fell_back(reason)
     logger.info("%s: %s", path, reason)
-    (prefill.run if path == CUDA_PREFILL else chunked_forward)(call, out, final_state)
+    return path
 
 
 def execute(call: Call, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -83,13 +121,24 @@ def execute(call: Call, output_final_state: bool) -> tuple[torch.Tensor, torch.T
     return _execute(call, output_final_state, needs_grad)
 
 
-def execute_into(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+def execute_into(
+    call: Call, out: torch.Tensor, final_state: torch.Tensor | None, workspace: torch.Tensor | None = None
+) -> None:
     """Runs a call into the caller's tensors. Not differentiable."""
     with torch.no_grad():
         if torch.compiler.is_compiling():
-            _kda_into_op(*call, out, final_state)
+            _kda_into_op(*call, out, final_state, workspace)
         else:
-            run(call, out, final_state)
+            run(call, out, final_state, workspace=workspace)
+
+
+def execute_pooled(call: Call, states: States, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+    """Runs a call with serving arguments. Not differentiable."""
+    with torch.no_grad():
+        if torch.compiler.is_compiling():
+            _kda_pooled_op(*call, *states, out, final_state)
+        else:
+            run_pooled(call, states, out, final_state)
 
 
 def _execute(call: Call, output_final_state: bool, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -104,19 +153,36 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def why_not_native(device: torch.device, available: bool, unservable: str | None) -> str | None:
+    """Why a CUDA call of one of the layer's small kernels takes the PyTorch path (having warned of it), or None.
+
+    ``available``: whether this build has the kernel; ``unservable``: what in the arguments the kernel cannot serve.
+    """
+    if not available:
+        reason = "this build of flash_kda has no CUDA kernels"
+    elif _capability(device) != (9, 0):
+        major, minor = _capability(device)
+        reason = f"the kernel runs on compute capability 9.0 only, the device has {major}.{minor}"
+    else:
+        reason = unservable
+    if reason is not None:
+        _fell_back(reason)
+    return reason
+
+
 def _fell_back(reason: str) -> None:
     if os.environ.get("FLASH_KDA_STRICT") == "1":
         raise RuntimeError(f"FLASH_KDA_STRICT=1 and the CUDA kernel cannot run this call: {reason}")
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"flash_kda runs the slower PyTorch path: {reason}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"flash_kda runs the slower PyTorch path: {reason}", RuntimeWarning, stacklevel=5)
 
 
 _CALL_SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, "
     "Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, float scale, float? lower_bound, bool use_gate_in_kernel, "
     "bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, "
-    "bool batch_invariant"
+    "bool batch_invariant, bool recurrent"
 )
 _FIELDS = len(Call._fields)
 
@@ -140,14 +206,32 @@ def _(*args):
 
 @torch.library.custom_op(
     add_op_namespace_prefix("kda_into"),
-    mutates_args=("out", "final_state"),
-    schema=f"({_CALL_SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state) -> ()",
+    mutates_args=("out", "final_state", "workspace"),
+    schema=f"({_CALL_SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!)? workspace) -> ()",
 )
 def _kda_into_op(*args) -> None:
-    run(Call(*args[:_FIELDS]), *args[_FIELDS:])
+    out, final_state, workspace = args[_FIELDS:]
+    run(Call(*args[:_FIELDS]), out, final_state, workspace=workspace)
 
 
 @_kda_into_op.register_fake
+def _(*args) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("kda_pooled"),
+    mutates_args=("initial_state", "token_states", "out", "final_state"),
+    schema=f"({_CALL_SCHEMA.replace('Tensor? initial_state', 'Tensor(a!)? initial_state')}, Tensor? ssm_state_indices, "
+    "Tensor? num_accepted_tokens, Tensor(b!)? token_states, bool inplace_final_state, int min_state_index, Tensor(c!) out, "
+    "Tensor(d!)? final_state) -> ()",
+)
+def _kda_pooled_op(*args) -> None:
+    states = _FIELDS + len(States._fields)
+    run_pooled(Call(*args[:_FIELDS]), States(*args[_FIELDS:states]), *args[states:])
+
+
+@_kda_pooled_op.register_fake
 def _(*args) -> None:
     return None
 

@@ -1,8 +1,10 @@
-"""`kernel_mapping`: which function of a model is replaced by which layer, on which device, in the form `kernels` takes.
+"""`kernel_mapping`: which function or module of a model is replaced by which layer, on which device, in the form `kernels`
+takes.
 
 `kernels` is imported inside the functions only: the package itself needs nothing but torch.
 """
 
+import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +12,19 @@ from os import PathLike
 from pathlib import Path
 
 from . import layers
+from .layers.delta_attention import FAMILIES
 
 # Function of a transformers model -> layer of `flash_kda.layers` that replaces it.
 FUNCTIONS = {
     "chunk_kda": "chunk_kimi_delta_attention",
     "fused_recurrent_kda": "recurrent_kimi_delta_attention",
+    "causal_conv1d_fn": "causal_conv1d_fn",
+    "causal_conv1d_update": "causal_conv1d_update",
 }
+# Not among the functions by itself: models of other families have a module of this name, too.
+NORMS = {"RMSNormGated": "FusedRMSNormGated"}
+WHOLE_LAYERS = {name: name for name in FAMILIES}
+NAMES = FUNCTIONS | NORMS | WHOLE_LAYERS
 
 
 def kernel_mapping(
@@ -26,6 +35,7 @@ def kernel_mapping(
     trust_remote_code: bool | list[str] = False,
     devices: Sequence = ("cuda", "cpu"),
     names: Sequence[str] | None = None,
+    whole_layers: bool = False,
 ) -> dict:
     """The mapping for `kernels.use_kernel_mapping`, `kernels.register_kernel_mapping` or transformers' `KernelConfig`.
 
@@ -51,7 +61,14 @@ def kernel_mapping(
             reasons: other GPUs keep the kernels they have, and transformers, which registers its defaults for all
             GPUs anew on every `use_kernels=True`, `train()` and `eval()`, does not overwrite the narrower entry.
             `kernels.Device("cuda")` names every GPU and is overwritten so. Other types are taken as they are.
-        names: the functions to replace, out of `"chunk_kda"` and `"fused_recurrent_kda"`; None for all.
+        names: what to replace, out of the functions `"chunk_kda"`, `"fused_recurrent_kda"`, `"causal_conv1d_fn"` and
+            `"causal_conv1d_update"`, the module `"RMSNormGated"`, and the KDA modules named under `whole_layers`. None
+            (default): the four functions.
+        whole_layers: instead of the functions, the KDA modules themselves: `"KimiLinearDeltaAttention"`,
+            `"Glm5NextTextLinearAttention"` and `"BailingHybridDeltaAttention"`. Default False.
+
+    `kernels` must be told that the classes of whole layers may be replaced; this function does so
+    (`kernels.replace_kernel_forward_from_hub`) for those that the installed transformers has.
 
     Returns:
         `{name: {device: repository object}}`. The layers serve every mode (inference, training, torch.compile).
@@ -63,10 +80,12 @@ def kernel_mapping(
     """
     from kernels import CUDAProperties, Device
 
-    names = tuple(FUNCTIONS) if names is None else tuple(names)
+    if whole_layers and names is not None:
+        raise ValueError(f"names: expected None with whole_layers=True, got {names!r}")
+    names = tuple((WHOLE_LAYERS if whole_layers else FUNCTIONS) if names is None else names)
     for name in names:
-        if name not in FUNCTIONS:
-            raise ValueError(f"names: expected some of {', '.join(FUNCTIONS)}, got {name!r}")
+        if name not in NAMES:
+            raise ValueError(f"names: expected some of {', '.join(NAMES)}, got {name!r}")
     on_hub = isinstance(repository, str)
     if on_hub and (len(parts := repository.split("/")) != 2 or not all(parts)):
         raise ValueError(f"repository: expected 'owner/name' or a Path, got {repository!r}")
@@ -75,6 +94,9 @@ def kernel_mapping(
     if not on_hub and (version is not None or revision is not None):
         raise ValueError(f"version and revision: expected only with a Hub repository, got repository={repository!r}")
 
+    for name in names:
+        if name in WHOLE_LAYERS:
+            _make_replaceable(name)
     if on_hub and revision is None:
         version = 1 if version is None else version
     if repository is not None and not on_hub:
@@ -83,11 +105,20 @@ def kernel_mapping(
     hopper = Device("cuda", properties=CUDAProperties(90, 90))
     keys = [hopper if device == "cuda" else device for device in devices]
     return {
-        name: dict.fromkeys(
-            keys, LayerSource(FUNCTIONS[name], repository, version, revision, _freeze(trust_remote_code))
-        )
+        name: dict.fromkeys(keys, LayerSource(NAMES[name], repository, version, revision, _freeze(trust_remote_code)))
         for name in names
     }
+
+
+def _make_replaceable(name: str) -> None:
+    """Tell `kernels` that transformers' class of this name may be replaced under its own name."""
+    from kernels import replace_kernel_forward_from_hub
+
+    try:
+        source = importlib.import_module(f"transformers.models.{FAMILIES[name]}.modeling_{FAMILIES[name]}")
+    except ImportError:  # no transformers, or one without the family
+        return
+    replace_kernel_forward_from_hub(getattr(source, name), name)
 
 
 @dataclass(frozen=True)
@@ -141,7 +172,10 @@ def replaced_functions(model) -> dict[str, str | None]:
     for module in model.modules():
         # What the model's code calls is the object in its source module. A deep copy of a model carries copies of these
         # objects, which kernelize changes in vain, so what the model itself carries says nothing.
-        code = vars(sys.modules[type(module).__module__])
+        # The class may be derived from transformers' (KernelConfig's layouts are), so the code is not always in its module.
+        code = {}
+        for cls in type(module).__mro__:
+            code = vars(sys.modules[cls.__module__]) | code
         called = {type(f).kernel_layer_name: f for f in code.values() if hasattr(type(f), "kernel_layer_name")}
         for name in getattr(module, "_kernel_funcs", {}):
             runs, original = called[name].forward.__func__, type(called[name]).forward

@@ -19,6 +19,7 @@ STATE_BYTES = HEAD_DIM * HEAD_DIM * 4
 WORKSPACE_LIMIT = 256 << 20
 FLAG_BYTES = 256  # which schedule the lengths of packed sequences asked for
 ALIGNMENT = 16  # bytes: TMA reads rows at such addresses and strides
+WORKSPACE_ALIGNMENT = 256  # bytes
 
 
 AVAILABLE = hasattr(ops, "prefill")
@@ -37,10 +38,10 @@ def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int
     return min(slots, max(1, (WORKSPACE_LIMIT - fixed) // slot_bytes)) * slot_bytes + fixed
 
 
-def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None, workspace: torch.Tensor | None = None) -> None:
     """Writes ``out`` and ``final_state`` (if not None), which may be ``call.initial_state``, without synchronising.
 
-    q, k, v, g or ``out`` are copied only where their address or a stride is not a multiple of 16 bytes.
+    ``workspace`` is the caller's (``flash_kda.get_workspace_size``), or None to allocate one. q, k, v, g or ``out`` are copied only where their address or a stride is not a multiple of 16 bytes.
     """
     B, T, H, K = call.q.shape
     HV = call.v.shape[2]
@@ -56,7 +57,10 @@ def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None) -> None
     initial_state = None if call.initial_state is None else call.initial_state.contiguous()
     cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
     size = workspace_size(B, T, call.num_sequences, HV, cu_seqlens is not None)
-    workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    if workspace is None:
+        workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    else:
+        workspace = workspace[-workspace.data_ptr() % WORKSPACE_ALIGNMENT :]
     ops.prefill(
         q,
         k,

@@ -1,0 +1,182 @@
+"""The CUDA decode: the torch op ``decode`` (sm_90a, bfloat16, K = V = 128) and what it wants prepared.
+
+A decode step takes 3 us on the GPU, so its way through Python is short: :func:`attempt` looks at what only Python knows and
+leaves every other check to the op, which refuses before it writes. What is refused takes the way of all other calls, through
+``contract.py``, which says what is wrong, and ``dispatch.py``, which finds another path.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+import torch
+
+from ._ops import add_op_namespace_prefix, ops
+from .contract import STATE_FLOATS, Call, States
+from .prefill import HEAD_DIM
+
+logger = logging.getLogger("flash_kda")
+
+TOKENS = 16  # a sequence, on average; with more the prefill kernel is faster
+ALIGNMENT = 16  # bytes: the kernel moves states in pieces of this size
+CHANNELS = 4  # that the kernel reads at a time of q, k, v and g
+
+AVAILABLE = hasattr(ops, "decode")
+if AVAILABLE:
+    _op = ops.decode.default
+
+    @torch.library.register_fake(add_op_namespace_prefix("decode"))
+    def _(*args) -> None:
+        return None
+
+
+@functools.lru_cache(maxsize=None)
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def takes(call: Call) -> bool:
+    """Whether the decode kernel rather than the prefill kernel serves a recurrent call.
+
+    The lengths of packed sequences are on the device, so their average decides, unless no bit may depend on what shares
+    the batch.
+    """
+    return call.batch_invariant or call.q.shape[0] * call.q.shape[1] <= TOKENS * call.num_sequences
+
+
+def serves(states: torch.Tensor, lead: int) -> bool:
+    """Whether the kernel reads and writes these states in place; ``lead`` dimensions before [HV, 128, 128] have free
+    strides."""
+    unit = ALIGNMENT // states.element_size()
+    return states.data_ptr() % ALIGNMENT == 0 and all(
+        size <= 1 or stride % unit == 0 for size, stride in zip(states.shape[:lead], states.stride())
+    )
+
+
+def attempt(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    A_log,
+    dt_bias,
+    scale,
+    initial_state,
+    output_final_state,
+    use_qk_l2norm_in_kernel,
+    use_gate_in_kernel,
+    use_beta_sigmoid_in_kernel,
+    allow_neg_eigval,
+    lower_bound,
+    state_v_first,
+    cu_seqlens,
+    out,
+    ssm_state_indices,
+    num_accepted_tokens,
+    token_states,
+    inplace_final_state,
+    min_state_index,
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Runs a call of :func:`flash_kda.fused_recurrent_kda` that needs no preparation, or returns None and has written
+    nothing."""
+    try:
+        if q.dtype is not torch.bfloat16 or not q.is_cuda or not _is_hopper(q.device):
+            return None
+        if torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q, k, v, g, beta, A_log, dt_bias, initial_state)
+        ):
+            return None
+        if type(scale) not in (float, type(None)) or "FLASH_KDA_VALIDATE" in os.environ:
+            return None
+        B, T, _, K = q.shape
+        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if B * T > TOKENS * N or (cu_seqlens is not None and "FLASH_KDA_BATCH_INVARIANT" in os.environ):
+            return None
+        target = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
+        final_state = None
+        if output_final_state and not inplace_final_state:
+            final_state = v.new_empty((N, v.shape[2], K, K), dtype=torch.float32)
+        _op(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            A_log,
+            dt_bias,
+            initial_state,
+            cu_seqlens,
+            ssm_state_indices,
+            num_accepted_tokens,
+            target,
+            final_state,
+            token_states,
+            K**-0.5 if scale is None else scale,
+            lower_bound,
+            use_gate_in_kernel,
+            use_qk_l2norm_in_kernel,
+            use_beta_sigmoid_in_kernel,
+            allow_neg_eigval,
+            state_v_first,
+            inplace_final_state,
+            min_state_index,
+        )
+    except Exception:  # whatever it was, the checked way meets it again and names it
+        return None
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("cuda decode: every condition of the kernel holds")
+    return target, initial_state if inplace_final_state else final_state
+
+
+def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None, states: States | None = None) -> None:
+    """Writes ``out`` and what ``states`` and ``final_state`` (if not None) ask for, without synchronising.
+
+    ``final_state`` may be ``call.initial_state``. q, k, v or g are copied where an address or a stride is no multiple of 4
+    elements; states only where no ``states`` are given.
+    """
+    HV = call.v.shape[2]
+    inplace = final_state is not None and final_state is call.initial_state
+    initial_state = call.initial_state
+    if states is not None:
+        inplace = states.inplace_final_state
+    elif initial_state is not None and not inplace:
+        initial_state = initial_state.contiguous()
+        initial_state = initial_state if serves(initial_state, 1) else initial_state.clone()
+    q, k, v, g = (x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in call[:4])
+    dt_bias = None if call.dt_bias is None else call.dt_bias.reshape(HV, HEAD_DIM).float().contiguous()
+    if dt_bias is not None and dt_bias.data_ptr() % ALIGNMENT:
+        dt_bias = dt_bias.clone()
+    ops.decode(
+        q,
+        k,
+        v,
+        g,
+        call.beta if call.beta.dtype in STATE_FLOATS else call.beta.float(),
+        None if call.A_log is None else call.A_log.reshape(HV).float().contiguous(),
+        dt_bias,
+        initial_state,
+        None if call.cu_seqlens is None else call.cu_seqlens.contiguous(),
+        None if states is None else states.ssm_state_indices,
+        None if states is None else states.num_accepted_tokens,
+        out,
+        None if inplace else final_state,
+        None if states is None else states.token_states,
+        call.scale,
+        call.lower_bound,
+        call.use_gate_in_kernel,
+        call.use_qk_l2norm_in_kernel,
+        call.use_beta_sigmoid_in_kernel,
+        call.allow_neg_eigval,
+        call.state_v_first,
+        inplace,
+        0 if states is None else states.min_state_index,
+    )
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    return x.data_ptr() % (CHANNELS * x.element_size()) == 0 and all(
+        size <= 1 or stride % CHANNELS == 0 for size, stride in zip(x.shape[:3], x.stride())
+    )

@@ -1,0 +1,236 @@
+// The layer's operators on the stable ABI: operators -> kda::ConvParams, kda::GatedNormParams,
+// kda::LinearsParams.
+//
+// flash_kda.layer_contract has already told the user what is wrong with the arguments. The checks here are the last line:
+// whatever passes them cannot make a kernel read or write outside a tensor. The contents of cu_seqlens are on the device;
+// the kernels clamp them.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <climits>
+#include <optional>
+#include <vector>
+
+#include "kda_cutlass/layer/params.h"
+#include "registration.h"
+
+// The CPU wheel's header hides this function behind USE_CUDA; the CUDA torch that loads the library has it.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kAlignment = 16;  // bytes of a vector access
+
+void check_here(const Tensor& tensor, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
+                  " must be on the CUDA device of the first input");
+}
+
+void* aligned(const Tensor& tensor, const char* name) {
+  void* const data = tensor.data_ptr();
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % kAlignment == 0, name, " must start at a multiple of ",
+                  kAlignment, " bytes");
+  return data;
+}
+
+void* contiguous(const Tensor& tensor, const Tensor& x, int64_t elements, const char* name) {
+  check_here(tensor, x, name);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  STD_TORCH_CHECK(tensor.numel() == elements, name, " must have ", elements, " elements, got ", tensor.numel());
+  return aligned(tensor, name);
+}
+
+void check_bf16(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, name, " must be bfloat16");
+}
+
+bool is_fp32(const Tensor& tensor, const char* name) {
+  const bool fp32 = tensor.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(fp32 || tensor.scalar_type() == ScalarType::BFloat16, name, " must be bfloat16 or float32");
+  return fp32;
+}
+
+int narrow(int64_t value, const char* name) {
+  STD_TORCH_CHECK(value <= INT_MAX, name, " = ", value, " is more than the kernels count");
+  return static_cast<int>(value);
+}
+
+cudaStream_t stream_of(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// A [B, T, C] input whose rows are read in 16-byte pieces.
+kda::ConvInput conv_input(const Tensor& tensor, const Tensor& x, const char* name) {
+  check_here(tensor, x, name);
+  check_bf16(tensor, name);
+  STD_TORCH_CHECK(tensor.dim() == 3, name, " must be [B, T, C]");
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    STD_TORCH_CHECK(tensor.size(dim) == x.size(dim), name, " must have the shape of the first input");
+  }
+  STD_TORCH_CHECK(tensor.stride(2) == 1, name, "'s channels must be contiguous");
+  auto stride = [&](int64_t dim) {
+    const int64_t value = tensor.size(dim) <= 1 ? 0 : tensor.stride(dim);
+    STD_TORCH_CHECK(value % kda::kVectorChannels == 0, name, "'s strides must be multiples of ", kda::kVectorChannels);
+    return value;
+  };
+  return {aligned(tensor, name), stride(0), stride(1)};
+}
+
+}  // namespace
+
+void short_conv(const Tensor& q, const std::optional<Tensor>& k, const std::optional<Tensor>& v, const Tensor& weight,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& initial_state,
+                const std::optional<Tensor>& cu_seqlens, Tensor& out, const std::optional<Tensor>& final_state,
+                bool silu) {
+  STD_TORCH_CHECK(q.is_cuda() && q.dim() == 3, "q must be a CUDA tensor [B, T, C]");
+  STD_TORCH_CHECK(k.has_value() == v.has_value(), "k and v come together");
+  const int64_t B = q.size(0), T = q.size(1), C = q.size(2), parts = k ? 3 : 1;
+  STD_TORCH_CHECK(C % kda::kVectorChannels == 0, "C must be a multiple of ", kda::kVectorChannels, ", got ", C);
+
+  kda::ConvParams params;
+  params.x[0] = conv_input(q, q, "q");
+  if (k) {
+    params.x[1] = conv_input(*k, q, "k");
+    params.x[2] = conv_input(*v, q, "v");
+  }
+  params.parts = static_cast<int>(parts);
+  params.batch = narrow(B, "B");
+  params.tokens = narrow(T, "T");
+  params.channels = narrow(parts * C, "C") / params.parts;
+
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) >= 2 && weight.size(1) <= kda::kMaxConvWidth,
+                  "weight must be [C, 2 to ", kda::kMaxConvWidth, "]");
+  params.width = static_cast<int>(weight.size(1));
+  params.weight_is_fp32 = is_fp32(weight, "weight");
+  params.weight = contiguous(weight, q, parts * C * params.width, "weight");
+  if (bias) {
+    STD_TORCH_CHECK(bias->scalar_type() == weight.scalar_type(), "bias must have the dtype of weight");
+    params.bias = contiguous(*bias, q, parts * C, "bias");
+  }
+  params.silu = silu;
+
+  int64_t N = B;
+  if (cu_seqlens) {
+    STD_TORCH_CHECK(B == 1, "B must be 1 with cu_seqlens, got ", B);
+    STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 2, "cu_seqlens must be [N + 1], N at least 1");
+    const ScalarType dtype = cu_seqlens->scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, "cu_seqlens must be int32 or int64");
+    check_here(*cu_seqlens, q, "cu_seqlens");
+    STD_TORCH_CHECK(cu_seqlens->is_contiguous(), "cu_seqlens must be contiguous");
+    params.cu_seqlens = cu_seqlens->data_ptr();
+    params.cu_seqlens_is_int64 = dtype == ScalarType::Long;
+    N = cu_seqlens->numel() - 1;
+  }
+  params.num_seqs = narrow(N, "N");
+
+  params.columns = params.width;
+  auto state = [&](const std::optional<Tensor>& tensor, const char* name) -> void* {
+    if (!tensor) return nullptr;
+    check_bf16(*tensor, name);
+    STD_TORCH_CHECK(tensor->dim() == 3 && tensor->size(0) == N && tensor->size(1) == parts * C, name,
+                    " must be [N, C, W - 1 or W]");
+    const int columns = static_cast<int>(tensor->size(2));
+    STD_TORCH_CHECK(columns == params.width || columns == params.width - 1, name, " must have W - 1 or W columns");
+    params.columns = columns;
+    return contiguous(*tensor, q, N * parts * C * columns, name);
+  };
+  params.initial_state = state(initial_state, "initial_state");
+  const int columns = params.columns;
+  params.final_state = state(final_state, "final_state");
+  STD_TORCH_CHECK(!initial_state || !final_state || columns == params.columns,
+                  "initial_state and final_state must have the same shape");
+
+  check_bf16(out, "out");
+  params.out = contiguous(out, q, parts * B * T * C, "out");
+  // One block a 1024 channels and 8 tokens at most, and one a sequence: the grid must count them.
+  narrow(parts * C / 8 * (B * ((T + 7) / 8) + N), "C * B * T");
+
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const cudaError_t error = kda::launch_conv(params, stream_of(q));
+  STD_TORCH_CHECK(error == cudaSuccess, "short_conv: ", cudaGetErrorString(error));
+}
+
+void gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& weight, Tensor& out, double eps) {
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() >= 1, "x must be a CUDA tensor [.., D]");
+  const int64_t D = x.size(x.dim() - 1), elements = x.numel();
+  STD_TORCH_CHECK(D == 64 || D == 128 || D == 256, "D must be 64, 128 or 256, got ", D);
+
+  kda::GatedNormParams params;
+  check_bf16(x, "x");
+  check_bf16(gate, "gate");
+  check_bf16(out, "out");
+  params.x = contiguous(x, x, elements, "x");
+  params.gate = contiguous(gate, x, elements, "gate");
+  params.out = contiguous(out, x, elements, "out");
+  params.weight_is_fp32 = is_fp32(weight, "weight");
+  params.weight = contiguous(weight, x, D, "weight");
+  params.rows = elements / D;
+  params.channels = static_cast<int>(D);
+  params.eps = static_cast<float>(eps);
+  narrow(params.rows, "rows");
+
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const cudaError_t error = kda::launch_gated_norm(params, stream_of(x));
+  STD_TORCH_CHECK(error == cudaSuccess, "gated_rms_norm: ", cudaGetErrorString(error));
+}
+
+void few_row_linears(std::vector<Tensor> x, std::vector<Tensor> weights, Tensor& out) {
+  const int64_t count = static_cast<int64_t>(weights.size());
+  STD_TORCH_CHECK(count >= 1 && count <= kda::kMaxLinears && x.size() == weights.size(), "1 to ", kda::kMaxLinears,
+                  " weights and as many inputs, got ", count, " and ", x.size());
+  const Tensor& first = x[0];
+  STD_TORCH_CHECK(first.is_cuda() && first.dim() >= 1, "inputs must be CUDA tensors [.., K]");
+  const int64_t depth = first.size(first.dim() - 1);
+  STD_TORCH_CHECK(depth > 0 && depth % kda::kVectorChannels == 0, "K must be a multiple of ", kda::kVectorChannels,
+                  ", got ", depth);
+  const int64_t rows = first.numel() / depth;
+  STD_TORCH_CHECK(rows >= 1 && rows <= kda::kMaxLinearRows, "1 to ", kda::kMaxLinearRows, " rows, got ", rows);
+
+  kda::LinearsParams params;
+  int64_t outputs = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    check_bf16(x[i], "an input");
+    check_bf16(weights[i], "a weight");
+    STD_TORCH_CHECK(weights[i].dim() == 2 && weights[i].size(0) > 0, "a weight must be [N, K], N > 0");
+    const int64_t size = weights[i].size(0);
+    params.jobs[i].x = contiguous(x[i], first, rows * depth, "an input");
+    params.jobs[i].weight = contiguous(weights[i], first, size * depth, "a weight");
+    params.jobs[i].outputs = narrow(size, "N");
+    params.jobs[i].first_output = narrow(outputs, "N");
+    outputs += size;
+  }
+  narrow(outputs, "N");
+  params.count = static_cast<int>(count);
+  params.depth = narrow(depth, "K");
+  params.rows = static_cast<int>(rows);
+  check_bf16(out, "out");
+  params.out = contiguous(out, first, rows * outputs, "out");
+
+  const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
+  const cudaError_t error = kda::launch_linears(params, stream_of(first));
+  STD_TORCH_CHECK(error == cudaSuccess, "few_row_linears: ", cudaGetErrorString(error));
+}
+
+// The namespace is a macro: one more step expands it.
+#define FRAGMENT(name, library) STABLE_TORCH_LIBRARY_FRAGMENT(name, library)
+
+FRAGMENT(TORCH_EXTENSION_NAME, ops) {
+  ops.def(
+      "short_conv(Tensor q, Tensor? k, Tensor? v, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, bool silu) -> ()");
+  ops.def("gated_rms_norm(Tensor x, Tensor gate, Tensor weight, Tensor(a!) out, float eps) -> ()");
+  ops.def("few_row_linears(Tensor[] x, Tensor[] weights, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
+  ops.impl("short_conv", TORCH_BOX(&short_conv));
+  ops.impl("gated_rms_norm", TORCH_BOX(&gated_rms_norm));
+  ops.impl("few_row_linears", TORCH_BOX(&few_row_linears));
+}
