@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy
+import decode
 import prefill
 import record as records
 import reference
@@ -381,3 +382,18 @@ def test_kernels_cli_finds_and_runs_the_benchmark(built):
     assert done.returncode == 0, done.stderr
     for workload in ("steep_2048", "slow_2048", "kimi_packed"):
         assert workload in done.stderr
+
+
+# --- decode
+
+
+def test_decode_benchmark_writes_a_record(tmp_path, capsys):
+    """A small run on the CPU: an arm for every cell that can run there, each near fp64."""
+    assert decode.main(["--device", "cpu", "--batches", "1", "3", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "cpu-decode.json").read_text())
+    assert {row["arm"] for row in record["rows"]} == {"none", "flash_kda"}
+    assert len(record["rows"]) == 2 * len(decode.cells([1, 3], 2))
+    for row in record["rows"]:
+        assert row["ms"] > 0 and row["err_o"] < 3e-3 and row["err_s"] < (1e-6 if row["state"] == "fp32" else 3e-3)
+    assert record["meta"]["source_digest"] == records.source_digest()
+    assert "V-first" in capsys.readouterr().out

@@ -325,6 +325,7 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, 
                     "decode: ssm_state_indices must have a column for every token");
     if (inplace_final_state) params.keep = by_token ? kda::Keep::kEveryInSlot : kda::Keep::kLastInSlot;
   } else if (inplace_final_state) {
+    STD_TORCH_CHECK(initial_state->is_contiguous(), "decode: initial_state must be contiguous");
     params.keep = kda::Keep::kLast;
   }
   if (num_accepted_tokens) {
