@@ -108,6 +108,8 @@ if __name__ == "__main__":
     packed = torch.tensor([0, 0, 1, 70, 200], device="cuda")
     call(3, 6, N=4, neg=True, cu_seqlens=packed.int())  # GVA, empty and one-token sequences, two CTAs a head
     call(2, 2, N=4, gate="softplus", v_first=True, cu_seqlens=packed)
+    call(25, 100, T=130, gate="softplus")  # enough heads for the fused kernel
+    call(40, 40, T=200, N=4, g=torch.float32, gate="given", state=torch.bfloat16, cu_seqlens=packed)
     call(1, 1, gate="given", raw=False, beta=torch.float32, state=torch.bfloat16)
     call(1, 3, B=2, N=2, T=65, gate="given", g=torch.float32)
     call(70, 70, T=130)  # one CTA a head

@@ -121,14 +121,16 @@ def test_the_gpu_falls_back_with_a_warning(kernel, monkeypatch):
 
 def test_workspace_size(kernel):
     size, record, state = kernel.prefill.workspace_size, kernel.prefill.RECORD_BYTES, kernel.prefill.STATE_BYTES
-    assert size(1, 0, 1, 1, False) == 2 * state
-    assert size(1, 64, 1, 1, False) == record + 2 * state and size(1, 65, 1, 1, False) == 2 * record + 2 * state
-    assert size(3, 65, 3, 2, False) == 12 * record + 4 * state
-    assert size(1, 65, 4, 2, True) == 2 * 5 * record + 4 * state
+    flag = kernel.prefill.FLAG_BYTES
+    assert size(1, 0, 1, 1, False) == flag + 2 * state
+    assert size(1, 64, 1, 1, False) == flag + 2 * state + record
+    assert size(1, 65, 1, 1, False) == flag + 2 * state + 2 * record
+    assert size(3, 65, 3, 2, False) == flag + 4 * state + 12 * record
+    assert size(1, 65, 4, 2, True) == flag + 4 * state + 2 * 5 * record
     for value_heads in (1, 8, 96, 5000):
         sizes = [size(1, 1 << n, 1, value_heads, False) for n in range(24)]
         assert sizes == sorted(sizes)  # callers reserve for their largest batch
-        assert max(sizes) <= max(kernel.prefill.WORKSPACE_LIMIT, value_heads * (record + 2 * state))
+        assert max(sizes) <= max(kernel.prefill.WORKSPACE_LIMIT, flag + value_heads * (record + 2 * state))
 
 
 @pytest.mark.gpu

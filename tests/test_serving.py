@@ -328,7 +328,7 @@ def run_with_vllm(tmp_path, code: str) -> subprocess.CompletedProcess:
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("")
     (tmp_path / "vllm" / "_flashkda_C.py").write_text("raise ImportError('vLLM would run its own kernel')")
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     code = code.replace("{tests!r}", repr(str(ROOT / "tests")))
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
 

@@ -443,7 +443,7 @@ def test_readme_runs(kernel, tmp_path, monkeypatch):
     tiny_model("kimi_linear").save_pretrained(tmp_path)
     section = (Path(__file__).parents[1] / "README.md").read_text().split("## Use it")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(blocks) == 9  # two calls, then whole layers four times and functions three times
+    assert len(blocks) == 10  # three calls, then whole layers four times and functions three times
     state = """print("state", sum(map(bool, flash_kda.replaced_layers(model).values())),
         sum(map(bool, flash_kda.replaced_functions(model).values())))"""
     program = "\n".join(

@@ -447,11 +447,11 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
       static_for<kBlock / 2>([&](auto index) {
         constexpr int i = kBlock / 2 - 1 - decltype(index)::value;
         put(std::integral_constant<int, i>{}, before);
-        if (inside(i)) x_decay.subtract_from(before.x, gate[i].x), y_decay.subtract_from(before.y, gate[i].y);
+        if (inside(i)) before.x -= x_decay(gate[i].x), before.y -= y_decay(gate[i].y);
       });
       static_for<kBlock / 2>([&](auto index) {
         constexpr int i = kBlock / 2 + decltype(index)::value;
-        if (inside(i)) x_decay.add_to(after.x, gate[i].x), y_decay.add_to(after.y, gate[i].y);
+        if (inside(i)) after.x += x_decay(gate[i].x), after.y += y_decay(gate[i].y);
         put(std::integral_constant<int, i>{}, after);
       });
     };

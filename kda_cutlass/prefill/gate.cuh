@@ -34,21 +34,11 @@ struct LogDecay {
     }
     offset = slope * dt_bias;
   }
-  __device__ __forceinline__ void add_to(float& sum, float x) const { add<1>(sum, x); }
-  __device__ __forceinline__ void subtract_from(float& sum, float x) const { add<-1>(sum, x); }
-
- private:
-  template <int kSign>
-  __device__ __forceinline__ void add(float& sum, float x) const {
-    if constexpr (kGate == Gate::kGiven) {
-      sum += kSign * fmaxf(x * kLog2e, kLeastLogDecay);
-    } else {
-      float const y = slope * x + offset;
-      if constexpr (kGate == Gate::kSoftplus)
-        sum += kSign * fmaxf(height * softplus_log2(y), kLeastLogDecay);
-      else
-        sum += kSign * height * rcp_approx(1.f + exp2_approx(y));
-    }
+  __device__ __forceinline__ float operator()(float x) const {
+    if constexpr (kGate == Gate::kGiven) return fmaxf(x * kLog2e, kLeastLogDecay);
+    float const y = slope * x + offset;
+    if constexpr (kGate == Gate::kSoftplus) return fmaxf(height * softplus_log2(y), kLeastLogDecay);
+    return height * rcp_approx(1.f + exp2_approx(y));
   }
 };
 

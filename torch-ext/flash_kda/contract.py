@@ -227,9 +227,13 @@ def check_states(
 
 
 def check_outputs(
-    call: Call, out: torch.Tensor, final_state: torch.Tensor | None, workspace: torch.Tensor | None, size: int
+    call: Call,
+    out: torch.Tensor,
+    final_state: torch.Tensor | None,
+    workspace: torch.Tensor | None = None,
+    size: int = 0,
 ) -> None:
-    """Checks the tensors that :func:`flash_kda.fwd` writes; ``size`` is what the workspace must hold, in bytes."""
+    """Checks the tensors that a caller hands over to be written; ``size`` is what the workspace must hold, in bytes."""
     _tensor("out", out, (call.q.dtype,), call.q)
     _has_shape("out", out, tuple(call.v.shape), "that of v, [B, T, HV, V]")
     _dense_rows("out", out)
