@@ -437,20 +437,28 @@ def test_generate_example_says_how_to_build(tmp_path):
 
 
 def test_readme_runs(kernel, tmp_path, monkeypatch):
-    """The Python blocks of the README's "Use it", in order, on a tiny checkpoint instead of the 48B model. The one door that
-    transformers keeps shut on a CPU is opened, and asked by a revision, which does not need the Hub."""
+    """The Python blocks of the README's "In a transformers model", in order, on a tiny checkpoint instead of the 48B
+    model. The one door that transformers keeps shut on a CPU is opened, and asked by a revision, which does not need
+    the Hub."""
     require_device_list()
     tiny_model("kimi_linear").save_pretrained(tmp_path)
-    section = (Path(__file__).parents[1] / "README.md").read_text().split("## Use it")[1].split("\n## ")[0]
+    section = (
+        (Path(__file__).parents[1] / "README.md")
+        .read_text()
+        .split("### In a transformers model")[1]
+        .split("\n### With FLA")[0]
+    )
     blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(blocks) == 10  # three calls, then whole layers four times and functions three times
+    assert len(blocks) == 7  # whole layers four times, functions three times
     state = """print("state", sum(map(bool, flash_kda.replaced_layers(model).values())),
         sum(map(bool, flash_kda.replaced_functions(model).values())))"""
     program = "\n".join(
         [
             "import transformers.utils.kernel_config as door",
             "door.KERNELS_SUPPORTED_DEVICE_TYPES.append('cpu')",
-            *[block + (state if i > 1 else "") for i, block in enumerate(blocks)],
+            "from kernels import get_kernel",
+            "flash_kda = get_kernel('moonshot/flash-kda', version=1, trust_remote_code=True)",
+            *[block + state for block in blocks],
         ]
     )
     program = program.replace("moonshotai/Kimi-Linear-48B-A3B-Instruct", str(tmp_path)).replace(
