@@ -176,16 +176,18 @@ int sm_count() {
   return count;
 }
 
-// Which kernels a call launches. Where sequences are packed their lengths decide, on the device: both, and one of them returns at
-// once.
+// Which kernels a call launches. Where sequences are packed their lengths may have to decide, on the device: then both, and one of
+// them returns at once, for a few microseconds.
 struct Schedules {
   bool fused, split;
 };
 Schedules choose_schedules(PrefillParams const& p, int sms) {
   int64_t const chains = int64_t(p.num_seqs) * p.value_heads;
-  int64_t const chunks_each = (p.tokens * p.batch / p.num_seqs + kChunk - 1) / kChunk;  // were they all of one length
-  if (!Choice::fused_pays(chunks_each, chunks_each * chains, chains, sms)) return {false, true};
-  return {true, p.cu_seqlens != nullptr && p.num_seqs > 1};
+  int64_t const each = (p.tokens * p.batch / p.num_seqs + kChunk - 1) / kChunk;  // chunks, were all of one length
+  if (!Choice::fused_pays(each, each * chains, chains, sms)) return {false, true};
+  // With many heads one sequence that holds nearly all tokens is not much slower for it.
+  bool const any_lengths = Choice::kSplitChunk * p.value_heads >= .8f * Choice::kFusedChunk;
+  return {true, p.cu_seqlens != nullptr && p.num_seqs > 1 && !any_lengths};
 }
 
 }  // namespace
