@@ -18,6 +18,8 @@ from workloads import REGIMES, Row
 
 BEGIN = "<!-- benchmark results: made by benchmarks/report.py from {name}; do not edit -->"
 END = "<!-- end of benchmark results -->"
+MORE_BEGIN = "<!-- more results: made by benchmarks/report.py from {names}; do not edit -->"
+MORE_END = "<!-- end of more results -->"
 BANDWIDTH = 4.3e9  # bytes a millisecond an H200 copies; the floor of the plot
 DESCRIPTION = "record sha256 "
 
@@ -92,12 +94,52 @@ Largest relative error against fp64 in the same run, sequences up to 8192 tokens
 {END}"""
 
 
-def replaced(readme: str, text: str) -> str:
-    """README with its results section replaced by `text`, or `text` appended as a new section."""
-    start, end = readme.find(BEGIN.split("{", 1)[0]), readme.find(END)
+def decode_times(record: dict) -> str:
+    rows = [row for row in record["rows"] if row["arm"] != "none"]
+    key = lambda row: (row["state"], row["layout"], "in place" if row["in_place"] else "new")  # noqa: E731
+    batches = sorted({row["B"] for row in rows})
+    lines = []
+    for variant in dict.fromkeys(map(key, rows)):
+        line = [" ".join(variant[:2]), variant[2]]
+        for batch in batches:
+            ms = {row["arm"]: row["ms"] for row in rows if key(row) == variant and row["B"] == batch}
+            fla = f" ({1e3 * ms['fla']:.3g})" if ms.get("fla") is not None else ""
+            line.append(f"{1e3 * ms['flash_kda']:.3g}{fla}")
+        lines.append(line)
+    return markdown_table(["state", "written", *(f"B = {batch}" for batch in batches)], lines)
+
+
+def hard_errors(record: dict) -> str:
+    columns = ("err_o", "fla_err_o", "err_s", "fla_err_s")
+    lines = [
+        [row["case"], str(row["T"])] + ["–" if row[c] is None else f"{row[c]:.1e}" for c in columns]
+        for row in record["rows"]
+    ]
+    return markdown_table(["case", "tokens", "output", "FLA", "state", "FLA"], lines)
+
+
+def more_section(folder: Path, gpu: str) -> str:
+    """Decode times and the errors of the hard cases, from the records there are; empty without any."""
+    parts, names = [], []
+    for what, heading, table in (
+        ("decode", "Decode: microseconds of one token in a CUDA graph, 32 heads, FLA in brackets.", decode_times),
+        ("accuracy", "Relative errors where they are hard, against fp64.", hard_errors),
+    ):
+        path = folder / f"{gpu}-{what}.json"
+        if path.is_file():
+            record = json.loads(path.read_text())
+            names.append(path.name)
+            sources = f"Sources `{record['meta']['source_digest'][:12]}`, {record['meta']['date'][:10]}."
+            parts.append(f"{heading} {sources}\n\n{table(record)}")
+    return "\n\n".join([MORE_BEGIN.format(names=", ".join(names)), *parts, MORE_END]) if parts else ""
+
+
+def replaced(readme: str, text: str, begin: str = BEGIN, end_mark: str = END) -> str:
+    """README with its section between two markers replaced by `text`, or `text` appended as a new section."""
+    start, end = readme.find(begin.split("{", 1)[0]), readme.find(end_mark)
     if start < 0 or end < start:
         return f"{readme.rstrip()}\n\n## Results\n\n{text}\n"
-    return readme[:start] + text + readme[end + len(END) :]
+    return readme[:start] + text + readme[end + len(end_mark) :]
 
 
 def fingerprint(record_path: Path) -> str:
@@ -148,6 +190,9 @@ def check(record_path: Path, readme: Path) -> list[str]:
     found = []
     if not readme.is_file() or section(record, record_path.name) not in readme.read_text():
         found.append(f"{readme.name}: its results are not those of {record_path.name}")
+    more = more_section(record_path.parent, record_path.stem.split("-")[0])
+    if more and readme.is_file() and more not in readme.read_text():
+        found.append(f"{readme.name}: its decode times or hard cases are not those of the records")
     svg = record_path.with_suffix(".svg")
     if not svg.is_file() or DESCRIPTION + fingerprint(record_path) not in svg.read_text():
         found.append(f"{svg.name}: not made from {record_path.name}")
@@ -174,7 +219,10 @@ def main(argv=None) -> int:
         print("\n".join(malformed))
         return 1
     readme = options.readme.read_text() if options.readme.is_file() else "# Flash KDA\n"
-    options.readme.write_text(replaced(readme, section(record, path.name)))
+    readme = replaced(readme, section(record, path.name))
+    if more := more_section(path.parent, path.stem.split("-")[0]):
+        readme = replaced(readme, more, MORE_BEGIN, MORE_END)
+    options.readme.write_text(readme)
     print(f"wrote {options.readme} and {plot(record, path)}")
     return 0
 
