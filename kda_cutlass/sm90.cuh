@@ -68,12 +68,6 @@ __device__ __forceinline__ __nv_bfloat162 bits_as_bf16x2(uint32_t bits) {
 }
 __device__ __forceinline__ uint32_t bf16x2_as_bits(__nv_bfloat162 pair) { return *reinterpret_cast<uint32_t*>(&pair); }
 
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
-
 // ---- kernels that overlap ----------------------------------------------------------------------------------------
 // A kernel launched to overlap starts once every CTA of the kernel before it in the stream has called
 // let_next_kernel_start() or ended. wait_for_previous_kernel() returns when that kernel has ended and its writes are
@@ -102,11 +96,6 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
 template <int kOffset>
 __device__ __forceinline__ void store_word(uint32_t address, uint32_t word) {
   asm volatile("st.shared.b32 [%0 + %1], %2;" : : "r"(address), "n"(kOffset), "r"(word) : "memory");
-}
-
-template <int kOffset>
-__device__ __forceinline__ void store_word_global(uint64_t address, uint32_t word) {
-  asm volatile("st.global.b32 [%0 + %1], %2;" : : "l"(address), "n"(kOffset), "r"(word) : "memory");
 }
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], void const* smem) {

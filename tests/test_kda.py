@@ -252,15 +252,15 @@ def test_equal_keys(kernel, p, beta):
     """64 equal keys in a row, where powers of the chunk's system blow up and only substitution holds.
 
     Errors add up along the row of equal keys, and at beta = 2, where each token reflects the state and the inverse of
-    the system is full of +-2, more so: an entry of Akk carries the rounding of 128 products of two bf16 factors, about
-    4e-4, and T dA T sums some 2000 such errors with weights up to 4, which makes .04 to .07 of V'. At beta = 1 the chunk
-    form in fp64 with nothing but its operands rounded to bf16 gives .0066 and .0062 (output, state).
+    the system is full of +-2, more so. The chunk form in fp64 with nothing but its operands rounded to bf16 gives, on
+    these inputs, .0066 and .0062 (output, state) at beta = 1 and .0231 and .0234 at beta = 2: the kernel's bounds are
+    1.3 to 1.7 times that.
     """
     args = make(p, T=192, gate="given", beta="step", l2norm=False)
     args["k"][:, 64:128] = args["k"][:, 64:65]
     args["g"] = args["g"] * 1e-3
     args["beta"][:, 64:128] = beta
-    check(kernel, p, args, tol={1.0: 2, 2.0: 12}[beta] if p.on_kernel else {1.0: 1, 2.0: 20}[beta])
+    check(kernel, p, args, tol={1.0: 2, 2.0: 8}[beta] if p.on_kernel else {1.0: 1, 2.0: 20}[beta])
 
 
 def test_large_values(kernel, p):

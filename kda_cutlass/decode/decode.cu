@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cute/arch/copy_sm80.hpp>
 
+#include "../device.h"
 #include "../prefill/gate.cuh"
 #include "state_tile.cuh"
 
@@ -264,16 +265,6 @@ cudaError_t launch(DecodeParams const& p, cudaStream_t stream) {
   config.attrs = attributes;
   config.numAttrs = kSlicesHere == 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, decode_kernel<State, Tile, kSlicesHere, kCtasPerSm>, p);
-}
-
-int sm_count() {
-  static int const count = [] {
-    int device = 0, sms = 132;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    return sms;
-  }();
-  return count;
 }
 
 // A CTA a head works out once what a token asks for, and a CTA a slice does so four times. Yet few heads need the slices to

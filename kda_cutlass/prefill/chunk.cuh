@@ -37,7 +37,7 @@ constexpr int kChunkThreads = 2 * kWarpgroup;
 constexpr int kBlockPitch = 20;  // floats a row of an fp32 16 x 16 block: rows fall into different banks
 using Block = float[kBlock * kBlockPitch];
 
-// The two operands of a warp's MMA for 16 channels, as its lanes hold them.
+// An operand of a warp's MMA, 16 tokens x 16 channels, as its lanes hold it.
 using Fragment = uint4[32];
 
 __device__ __forceinline__ void load_fragment(uint32_t (&f)[4], Fragment const& from, int lane) {
@@ -54,7 +54,6 @@ constexpr int kPairs = 6;
 
 // From make_factors() to solve(), and what the former needs besides.
 struct alignas(1024) FactorScratch {
-  using PairFragments = Fragment[kPairs][kSteps];
   union {
     struct {
       Fragment low[kBlocks][kSteps];  // lower halves of the sums of log decays; then, over them, row factors of q
@@ -62,7 +61,7 @@ struct alignas(1024) FactorScratch {
         Fragment k_rows[kBlocks - 1][kSteps];  // row factors of k, of blocks 1 to 3
         float clamped_run[2 * kBlocks][kHeadDim];
       };
-      PairFragments columns;  // column factors of k of block j, seen from block i
+      Fragment columns[kPairs][kSteps];  // column factors of k of block j, seen from block i
     };
     char fp32_gate[kSteps / 2][kPanelBytes];  // before: an fp32 gate in panels of 32 channels
   };
@@ -124,7 +123,8 @@ struct SolvePanels {  // both zero above the diagonal blocks
 
 constexpr uint64_t kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
-// By one thread: asks for q, k and a bf16 g; an fp32 g goes to the scratch and is asked for by itself.
+// Requests, by one thread: of the two panels of a tensor; of q, k and a bf16 g; and, since it goes to the scratch, of an fp32 g by
+// itself.
 __device__ __forceinline__ void request_panels(CUtensorMap const& map, uint64_t* loaded, char* panels,
                                                ChunkPlace const& at, int head) {
 #pragma unroll
@@ -406,7 +406,6 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
                               ((lane >> 2) << 4) + ((lane & 3) << 2);
   uint32_t const low_words =
       cute::cast_smem_ptr_to_uint(low) + FactorScratch::low_offset(0, lane >> 2) + ((lane & 3) << 2);
-  auto const for_each_token = [](auto&& f) { static_for<kBlock>(f); };
   auto const load_sum = [&](auto index) {
     constexpr int i = decltype(index)::value;
     uint32_t const high = load_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4);
@@ -430,7 +429,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
       }
       sync_factor_warps();  // the lower halves go over it
     } else {
-      for_each_token([&](auto i) { gate[i] = unpacked(load_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4)); });
+      static_for<kBlock>([&](auto i) { gate[i] = unpacked(load_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4)); });
     }
     before_scratch();
     auto const put = [&](auto index, FloatPair sum) {
@@ -471,7 +470,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
   if (!tame) {  // the runs again, of clamped log decays: differences of the sums
     float2 const total = *reinterpret_cast<float2 const*>(&scratch.run[2 * block][channel]);
     FloatPair last = {-total.x, -total.y}, run = {0.f, 0.f};
-    for_each_token([&](auto i) {
+    static_for<kBlock>([&](auto i) {
       if (i == kBlock / 2) {
         *reinterpret_cast<float2*>(&scratch.clamped_run[2 * block][channel]) = make_float2(run.x, run.y);
         last = run = {0.f, 0.f};

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../device.h"
 #include "fused.cuh"
 #include "prepare.cuh"
 #include "recurrence.cuh"
@@ -164,16 +165,6 @@ cudaError_t launch_recurrence(RecurrenceParams const& params, cudaStream_t strea
   if (cudaError_t const error = allow_shared_memory<recurrence_kernel<kWarpgroups>>(kSmem)) return error;
   dim3 const grid(static_cast<unsigned>(int64_t(params.sequences.num_seqs) * params.value_heads * Shape::kSlices));
   return launch(recurrence_kernel<kWarpgroups>, grid, Shape::kThreads, kSmem, true, params, stream);
-}
-
-int sm_count() {
-  static int const count = [] {
-    int device = 0, sms = 132;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    return sms;
-  }();
-  return count;
 }
 
 // Which kernels a call launches. Where sequences are packed their lengths may have to decide, on the device: then both, and one of
