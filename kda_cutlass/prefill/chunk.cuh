@@ -11,6 +11,9 @@
 //   Any others: in the factors of the pairs the log decay of a token is clamped to -10, so that they stay within e^+-80; what
 //   the clamp lets through is under the rounding of bf16. The operands of the recurrence come from sums of exponents.
 //
+// The sums count from a small number of each pair of channels' own (dither()): decays near 1 would else leave factors that
+// round back to the key in every channel alike, an error that grows along equal keys.
+//
 // With L2-normalised keys k_i / |k_i|, keys stay as they are on the side that is summed over (columns of Akk and Aqk, K in
 // the state update), and 1 / |k_i| goes to W and V' instead: V'_i / |k_i| = sum_j T~_ij beta_j / |k_j| (v_j - ...), with T~
 // the inverse for Akk~_ij = Akk_ij |k_j| / |k_i|. So no rounding of k / |k| stands between a key written and a key read.
@@ -36,6 +39,12 @@ constexpr int kChunkThreads = 2 * kWarpgroup;
 
 constexpr int kBlockPitch = 20;  // floats a row of an fp32 16 x 16 block: rows fall into different banks
 using Block = float[kBlock * kBlockPitch];
+
+// The same value, but what follows from it is worked out anew in every turn of a loop: kept in registers it would spill.
+__device__ __forceinline__ int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // An operand of a warp's MMA, 16 tokens x 16 channels, as its lanes hold it.
 using Fragment = uint4[32];
@@ -194,19 +203,25 @@ __device__ __forceinline__ void make_matrix(uint32_t (&matrix)[4], int lane, F&&
   }
 }
 
-// The sums from the block's middle again, 16 tokens x 16 channels in the layout of a product, of clamped log decays; `high` and
-// `low` are the halves of the unclamped sums, loaded transposed: tokens 2 (lane % 4) + {0, 1} of 8, channel lane / 4 of 8. A product
-// with a matrix of 0 and +-1, which bf16 holds exactly, of log decays in two parts with 16 bits.
+// What the sums of a channel's log decays (log2) start from, between 0 and 1/64, some units in the last place of bf16: multiples of the
+// golden ratio, far apart for neighbours. It cancels between row and column factors, and leaves the sums their digits.
+__device__ __forceinline__ float dither(int pair) {
+  return __uint_as_float(0x3c800000u | static_cast<uint32_t>(pair) * 0x9e3779b9u >> 9) - 0x1p-6f;
+}
+
+// The sums from the block's middle again, from 0, 16 tokens x 16 channels in the layout of a product, of clamped log decays; `high` and
+// `low` are the halves of the unclamped sums, loaded transposed: tokens 2 (lane % 4) + {0, 1} of 8, channel lane / 4 of 8 from `channel` on.
+// A product with a matrix of 0 and +-1, which bf16 holds exactly, of log decays in two parts with 16 bits.
 __device__ __forceinline__ Product clamped_sums(uint32_t const (&matrix)[4], uint32_t const (&high)[4],
-                                                uint32_t const (&low)[4], int lane) {
+                                                uint32_t const (&low)[4], int channel, int lane) {
   uint32_t first[4], rest[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     float const x = __uint_as_float(__byte_perm(low[e], high[e], 0x5410));
     float const y = __uint_as_float(__byte_perm(low[e], high[e], 0x7632));
     float last = __shfl_up_sync(0xffffffffu, y, 1);
-    // The sum before token 8 is 0. Token 0's own log decay is in none of the sums.
-    if ((lane & 3) == 0) last = (e & 1) ? 0.f : x;
+    // Token 8 comes after nothing. Token 0's own log decay is in none of the sums.
+    if ((lane & 3) == 0) last = (e & 1) ? dither((channel + 8 * (e >> 1) + (lane >> 2)) / 2) : x;
     float const g0 = fmaxf(x - last, kClamp), g1 = fmaxf(y - x, kClamp);
     first[e] = pack_bf16(g0, g1);
     rest[e] = pack_bf16(g0 - unpack_lo(first[e]), g1 - unpack_hi(first[e]));
@@ -438,7 +453,8 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
       store_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4, __byte_perm(x, y, 0x7632));
       store_word<128 * (i / 4)>(low_words ^ ((i & 3) << 5 | (i / 4 & 1) << 4), __byte_perm(x, y, 0x5410));
     };
-    FloatPair before = {0.f, 0.f}, after = {0.f, 0.f};  // of the first run minus its sum
+    float const start = dither(recomputed(lane));
+    FloatPair before = {start, start}, after = before;  // of the first run minus its sum
     auto const sum_up = [&](auto whole) {
       auto const inside = [&](int i) {
         return decltype(whole)::value || i < tokens;
@@ -458,7 +474,8 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
       sum_up(std::true_type{});
     else
       sum_up(std::false_type{});
-    before = {-before.x, -before.y};
+    float const started = dither(recomputed(lane));
+    before = {started - before.x, started - before.y}, after = {after.x - started, after.y - started};
     tame = before.x >= kTame && before.y >= kTame && after.x >= kTame && after.y >= kTame;
     *reinterpret_cast<float2*>(&scratch.run[2 * block][channel]) = make_float2(before.x, before.y);
     *reinterpret_cast<float2*>(&scratch.run[2 * block + 1][channel]) = make_float2(after.x, after.y);
@@ -468,12 +485,13 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
                       q_panel, k_panel, lane_offset, lane);
   tame = sync_factor_warps_and(tame);
   if (!tame) {  // the runs again, of clamped log decays: differences of the sums
+    float const start = dither(recomputed(lane));
     float2 const total = *reinterpret_cast<float2 const*>(&scratch.run[2 * block][channel]);
-    FloatPair last = {-total.x, -total.y}, run = {0.f, 0.f};
+    FloatPair last = {start - total.x, start - total.y}, run = {0.f, 0.f};
     static_for<kBlock>([&](auto i) {
       if (i == kBlock / 2) {
         *reinterpret_cast<float2*>(&scratch.clamped_run[2 * block][channel]) = make_float2(run.x, run.y);
-        last = run = {0.f, 0.f};
+        last = {start, start}, run = {0.f, 0.f};
       }
       FloatPair const sum = load_sum(i);
       run.x += fmaxf(sum.x - last.x, kClamp), run.y += fmaxf(sum.y - last.y, kClamp);
@@ -513,12 +531,14 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
         if (r >= from && r < to) sum = {sum.x + run[r].x, sum.y + run[r].y};
       return sum;
     };
-    auto const put = [&](int which, FloatPair sum) {
+    float const start = dither(recomputed(lane));
+    auto const put = [&](int which, FloatPair sum, float more) {
+      sum = {sum.x + more, sum.y + more};
       *reinterpret_cast<float2*>(&scratch.decay[which][channel]) =
           tame ? make_float2(exp2_approx(sum.x), exp2_approx(sum.y)) : make_float2(sum.x, sum.y);
     };
-    put(FactorScratch::kToStart + block, over(0, 2 * block + 1));
-    put(FactorScratch::kToEnd + block, over(2 * block + 1, 2 * kBlocks));
+    put(FactorScratch::kToStart + block, over(0, 2 * block + 1), -start);
+    put(FactorScratch::kToEnd + block, over(2 * block + 1, 2 * kBlocks), start);
     if (block == 0) {
       FloatPair const sum = over(0, 2 * kBlocks);
       *reinterpret_cast<float2*>(&factors.decay[ChunkFactors::index(channel)]) =
@@ -534,7 +554,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
     }
 #pragma unroll
     for (int i = 1; i < kBlocks; ++i)
-      if (i > block) put(FactorScratch::kToRows + below_index(i, block), over(2 * block + 1, 2 * i + 1));
+      if (i > block) put(FactorScratch::kToRows + below_index(i, block), over(2 * block + 1, 2 * i + 1), 0.f);
   }
   __syncwarp();
 
@@ -567,7 +587,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
         if constexpr (!kIsTame) {
           ldmatrix_x4_trans(high_halves, k_remaining_panel + offset);
           ldmatrix_x4_trans(low_halves, low + low_offset);
-          Product const clamped = clamped_sums(from_middle, high_halves, low_halves, lane);
+          Product const clamped = clamped_sums(from_middle, high_halves, low_halves, 16 * s, lane);
 #pragma unroll
           for (int e = 0; e < 4; ++e)
             pair_sum[e] = {clamped.d[e >> 1][2 * (e & 1)], clamped.d[e >> 1][2 * (e & 1) + 1]};

@@ -3,8 +3,8 @@
 //
 // Two warpgroups make factors (chunk.cuh) of a chunk. Two others, with half of the value channels each, solve the chunk before it and carry
 // the state through it (state.cuh). Raw q, k and g arrive where their factors go; the output leaves from where the values
-// came. CTAs are persistent and take the chains in turn, so that the next chain's first chunk is made ready while the
-// last one's outputs are still computed.
+// came. CTAs are persistent, so that the next chain's first chunk is made ready while the last one's outputs are still computed.
+// Chains of one length are dealt in turn; of unequal lengths, whoever is free takes the next of the longest.
 #pragma once
 
 #include <cuda.h>
@@ -22,6 +22,7 @@ struct FusedParams {
   OutputParams out;
   int tensor_tokens;  // T
   int* taken;         // where to say whether this kernel does the call; null where the host has decided that it does
+  int* dealt;         // how many chains are dealt, 0 at first; null where all have one length
 };
 
 constexpr int kFusedThreads = 2 * kChunkThreads;
@@ -31,6 +32,7 @@ struct ChunkWalk {
   int chain, chunk, chunks;
   int64_t first_token, length;
 };
+constexpr int kMostOrdered = 448;  // sequences, what shared memory holds; more are dealt in turn
 
 struct FusedSmem {
   struct Stage : FactorStage {
@@ -41,24 +43,40 @@ struct FusedSmem {
   char a_qk[kPanelBytes];
   Pipeline pipe;
   ChunkWalk walk;
-  int longest, chunks;
+  int chains[kStages];  // of the stages' chunks; -1: there are no more
+  int longest, chunks;  // of all sequences
+  bool in_turn;
+  uint16_t order[kMostOrdered];  // the sequences, longest first
 };
 static_assert(sizeof(FusedSmem) <= 227 * 1024);
 
-// By all threads: whether the lengths let this schedule pay.
-__device__ __forceinline__ bool fused_pays(FusedSmem& smem, Sequences const& sequences, int value_heads) {
+// By all threads: smem.longest and smem.chunks.
+__device__ __forceinline__ void measure(FusedSmem& smem, Sequences const& sequences) {
   if (threadIdx.x == 0) smem.longest = smem.chunks = 0;
   __syncthreads();
   int longest = 0, chunks = 0;
   for (int n = threadIdx.x; n < sequences.num_seqs; n += kFusedThreads) {
-    int const here = static_cast<int>((sequences.length(n) + kChunk - 1) / kChunk);
+    int const here = sequences.chunks(n);
     longest = max(longest, here), chunks += here;
   }
   atomicMax(&smem.longest, longest);
   atomicAdd(&smem.chunks, chunks);
   __syncthreads();
-  return Choice::fused_pays(smem.longest, int64_t(smem.chunks) * value_heads, int64_t(sequences.num_seqs) * value_heads,
-                            gridDim.x);
+}
+
+// By all threads, of at most kMostOrdered sequences: smem.order.
+__device__ __forceinline__ void order_by_length(FusedSmem& smem, Sequences const& sequences) {
+  int* const chunks = reinterpret_cast<int*>(smem.stages);
+  int const n = threadIdx.x;
+  if (n < sequences.num_seqs) chunks[n] = sequences.chunks(n);
+  __syncthreads();
+  if (n < sequences.num_seqs) {
+    int rank = 0;
+    for (int m = 0; m < sequences.num_seqs; ++m) rank += chunks[m] > chunks[n] || (chunks[m] == chunks[n] && m < n);
+    smem.order[rank] = n;
+  }
+  cutlass::arch::fence_view_async_shared();  // inputs come there
+  __syncthreads();
 }
 
 template <Gate kGate, bool kFp32Gate>
@@ -70,18 +88,22 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   Sequences const& sequences = p.chunk.sequences;
   int const value_heads = p.chunk.value_heads, chains = sequences.num_seqs * value_heads;
 
+  if (p.dealt != nullptr) measure(smem, sequences);
   if (p.taken != nullptr) {
-    bool const pays = fused_pays(smem, sequences, value_heads);
+    bool const pays = Choice::fused_pays(smem.longest, int64_t(smem.chunks) * value_heads, chains, gridDim.x);
     if (blockIdx.x == 0 && threadIdx.x == 0) *p.taken = pays;
     if (!pays) return;
   }
   if (threadIdx.x == 0) {
     pipe.init();
+    smem.in_turn =
+        p.dealt == nullptr || sequences.num_seqs > kMostOrdered || smem.longest * sequences.num_seqs == smem.chunks;
     smem.walk = {static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x), 0, 0, 0, 0};
   }
   for (int i = threadIdx.x; i < 2 * kPanelBytes / 16; i += kFusedThreads)  // above the diagonal blocks they stay zero
     reinterpret_cast<uint4*>(smem.t)[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
+  if (!smem.in_turn) order_by_length(smem, sequences);
 
   if (warp >= 8) {
     cutlass::arch::warpgroup_reg_dealloc<80>();
@@ -94,12 +116,19 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     int const stage = n % kStages;
     ChunkWalk walk = smem.walk;
     while (walk.chunk >= walk.chunks && walk.chain < chains) {  // on to the next chain that has a chunk
-      walk.chain += gridDim.x;
+      if (smem.in_turn) {
+        walk.chain += gridDim.x;
+      } else {
+        int rank = 0;
+        if (lane == 0) rank = atomicAdd(p.dealt, 1);
+        rank = __shfl_sync(0xffffffffu, rank, 0);
+        walk.chain = rank < chains ? smem.order[rank / value_heads] * value_heads + rank % value_heads : chains;
+      }
       if (walk.chain >= chains) break;
       int const seq = walk.chain / value_heads;
       walk.first_token = sequences.first_token(seq);
       walk.length = sequences.length(seq);
-      walk.chunk = 0, walk.chunks = static_cast<int>((walk.length + kChunk - 1) / kChunk);
+      walk.chunk = 0, walk.chunks = sequences.chunks(seq);
     }
     ChunkPlace at = {0, 0, 0, 0};
     if (walk.chain < chains) {
@@ -114,6 +143,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     __syncwarp();
     if (lane == 0) {
       smem.walk = walk;
+      smem.chains[stage] = walk.chain < chains ? walk.chain : -1;
       request_stage<kFp32Gate>(p.chunk, pipe, smem.stages[stage], n, at, kOperandBytes);
       if (at.tokens == kChunk) request_panels(p.v_map, loaded, smem.stages[stage].v[0], at, at.head);
       if (kFp32Gate && n == 0 && at.tokens > 0) request_fp32_gate(p.chunk, at, loaded, pipe.factor_scratch);
@@ -143,7 +173,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     request(1);
   }
 #pragma unroll 1
-  for (int chain = blockIdx.x; chain < chains; chain += gridDim.x) {
+  while (true) {
+    TransactionBarrier::wait(&pipe.loaded[n % kStages], n / kStages & 1);
+    int const chain = smem.chains[n % kStages];
+    if (chain < 0) break;
     int const seq = chain / value_heads, head = chain - seq * value_heads;
     int64_t const state_offset = int64_t(chain) * kHeadDim * kHeadDim;
     int64_t tokens = sequences.length(seq);
@@ -218,6 +251,16 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       if (requests) request(n + 2);
     }
     StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane)).store_final(s, p.state, state_offset);
+  }
+  // Sequences without tokens keep their state.
+  for (int first = 0; first < sequences.num_seqs; first += 32) {
+    uint32_t empty =
+        __ballot_sync(0xffffffffu, first + lane < sequences.num_seqs && sequences.chunks(first + lane) == 0);
+    for (; empty != 0; empty &= empty - 1)
+      for (int head = blockIdx.x; head < value_heads; head += gridDim.x) {
+        int64_t const offset = (int64_t(first + __ffs(empty) - 1) * value_heads + head) * kHeadDim * kHeadDim;
+        for (int i = threadIdx.x; i < kHeadDim * kHeadDim; i += kChunkThreads) p.state.keep(offset + i);
+      }
   }
 }
 

@@ -41,12 +41,6 @@ __device__ __forceinline__ FactorPanels panels_of(FactorStage& stage) {
   return {stage.k[0], stage.q[0], stage.k_remaining[0]};
 }
 
-// The same value, but what follows from it is worked out anew in every turn of a loop: kept in registers it would spill.
-__device__ __forceinline__ int recomputed(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // Announces and requests the n-th chunk of this CTA, by one thread, once its stage is empty. An fp32 gate comes by itself.
 template <bool kFp32Gate>
 __device__ __forceinline__ void request_stage(ChunkParams const& p, Pipeline& pipe, FactorStage& stage, int n,

@@ -31,7 +31,7 @@ struct Schedule {
 int64_t slot_count(int64_t tokens, int batch, int num_seqs, bool packed) {
   return packed ? tokens / kChunk + num_seqs : batch * ((tokens + kChunk - 1) / kChunk);
 }
-constexpr int64_t kFlagBytes = 256;  // of the workspace, in front: Choice's answer
+constexpr int64_t kFlagBytes = 256;  // of the workspace, in front: Choice's answer, and how many chains are dealt
 int64_t slot_bytes(int value_heads) { return int64_t(value_heads) * kRecordBytes; }
 int64_t carry_bytes(int value_heads) { return int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float); }
 
@@ -227,9 +227,13 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   if (cudaError_t const error = encode_boxes(v_token_map, p.v, p, p.value_heads, 1)) return error;
 
   Schedules const schedules = choose_schedules(p, sm_count());
-  int* const taken = schedules.fused && schedules.split ? static_cast<int*>(p.workspace) : nullptr;
+  int* const flags = static_cast<int*>(p.workspace);
+  int* const taken = schedules.fused && schedules.split ? flags : nullptr;
+  int* const dealt = schedules.fused && p.cu_seqlens != nullptr && p.num_seqs > 1 ? flags + 1 : nullptr;
   if (schedules.fused) {
-    FusedParams const params = {chunk, v_map, v_token_map, state, out, tensor_tokens, taken};
+    if (dealt != nullptr)
+      if (cudaError_t const error = cudaMemsetAsync(dealt, 0, sizeof(*dealt), stream)) return error;
+    FusedParams const params = {chunk, v_map, v_token_map, state, out, tensor_tokens, taken, dealt};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
       return launch_fused<decltype(gate)::value, decltype(fp32)::value>(params, sm_count(), stream);
     });

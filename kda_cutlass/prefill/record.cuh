@@ -55,6 +55,7 @@ struct Sequences {
   __device__ __forceinline__ int64_t length(int n) const {
     return packed() ? max(cu(n + 1) - cu(n), int64_t(0)) : tokens;
   }
+  __device__ __forceinline__ int chunks(int n) const { return static_cast<int>((length(n) + kChunk - 1) / kChunk); }
 
   // The sequence that owns `slot`, found by a whole warp: 32 probes a step.
   __device__ __forceinline__ int owner(int slot, int lane) const {

@@ -46,6 +46,18 @@ struct StateParams {
   const void* initial;  // [N, HV, K, V] or, V-first, [N, HV, V, K]; null for zero
   void* final;          // likewise; null when not wanted
   bool initial_is_fp32, final_is_fp32, v_first;
+
+  // Of a sequence without tokens, an element.
+  __device__ __forceinline__ void keep(int64_t offset) const {
+    if (final == nullptr) return;
+    float const x = initial == nullptr ? 0.f
+                    : initial_is_fp32  ? static_cast<float const*>(initial)[offset]
+                                       : static_cast<float>(static_cast<bf16 const*>(initial)[offset]);
+    if (final_is_fp32)
+      static_cast<float*>(final)[offset] = x;
+    else
+      static_cast<bf16*>(final)[offset] = static_cast<bf16>(x);
+  }
 };
 struct OutputParams {
   bf16* data;
