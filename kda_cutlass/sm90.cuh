@@ -145,10 +145,12 @@ __device__ __forceinline__ uint64_t desc_mn_major(void const* panel, uint32_t pa
 }
 
 template <size_t... I>
-__device__ __forceinline__ void wgmma_n64_impl(float (&d)[32], uint32_t const* a, uint64_t desc, GmmaScale scale_d,
-                                               std::index_sequence<I...>) {
-  cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::K>::fma(a[0], a[1], a[2], a[3], desc, d[I]...,
-                                                                                 scale_d);
+__device__ __forceinline__ void wgmma_k_impl(float (&d)[sizeof...(I)], uint32_t const* a, uint64_t desc,
+                                             GmmaScale scale_d, std::index_sequence<I...>) {
+  using Mma =
+      std::conditional_t<sizeof...(I) == 16, cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::K>,
+                         cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::K>>;
+  Mma::fma(a[0], a[1], a[2], a[3], desc, d[I]..., scale_d);
 }
 template <size_t... I>
 __device__ __forceinline__ void wgmma_n128_mn_impl(float (&d)[64], uint32_t const* a, uint64_t desc,
@@ -157,17 +159,19 @@ __device__ __forceinline__ void wgmma_n128_mn_impl(float (&d)[64], uint32_t cons
                                                                                    d[I]..., GmmaScale::One);
 }
 
-// d[64 x 64] (+)= a[64 x kPanels*64] * B^T, B in `kPanels` K-major panels of 64 rows each.
-template <int kPanels>
-__device__ __forceinline__ void wgmma_k_major(float (&d)[32], uint32_t const (&a)[16 * kPanels], void const* panels,
-                                              bool accumulate) {
+// d[64 x kRows] (+)= a[64 x kPanels*64] * B^T, B being kRows rows of `kPanels` K-major panels of 64 rows each. Of the (last)
+// panel only the first 16 * kSteps of K, where the rest is known to be zero.
+template <int kPanels, int kSteps = 4, int kFloats>
+__device__ __forceinline__ void wgmma_k_major(float (&d)[kFloats], uint32_t const (&a)[16 * kPanels],
+                                              void const* panels, bool accumulate) {
+  static_assert(kFloats == 16 || kFloats == 32);  // 32 or 64 rows
 #pragma unroll
   for (int p = 0; p < kPanels; ++p) {
     uint64_t desc = desc_k_major(static_cast<char const*>(panels) + p * 64 * kPanelRowBytes);
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {  // 16 of K: 32 bytes along a panel row
+    for (int s = 0; s < (p + 1 < kPanels ? 4 : kSteps); ++s) {  // 16 of K: 32 bytes along a panel row
       GmmaScale const scale_d = (accumulate || p || s) ? GmmaScale::One : GmmaScale::Zero;
-      wgmma_n64_impl(d, &a[16 * p + 4 * s], desc + 2 * s, scale_d, std::make_index_sequence<32>{});
+      wgmma_k_impl(d, &a[16 * p + 4 * s], desc + 2 * s, scale_d, std::make_index_sequence<kFloats>{});
     }
   }
 }

@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   if (!smem.in_turn) order_by_length(smem, sequences);
 
   if (warp >= 8) {
-    cutlass::arch::warpgroup_reg_dealloc<80>();
-    return make_all_factors<kGate, kFp32Gate, 2>(p.chunk, pipe, warp - 8, lane,
+    cutlass::arch::warpgroup_reg_dealloc<88>();
+    return make_all_factors<kGate, kFp32Gate, kHalfSteps>(p.chunk, pipe, warp - 8, lane,
                                                  [&](int n) -> FactorStage& { return smem.stages[n % kStages]; });
   }
 
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   };
 
   // ---- solve, and carry the state
-  cutlass::arch::warpgroup_reg_alloc<176>();
+  cutlass::arch::warpgroup_reg_alloc<168>();
   int const warpgroup = warp / 4;
   SolvePanels const solved = {smem.t, smem.a_qk};
   StateLanes const lanes(kValueTile * warpgroup, warp % 4, lane);
@@ -214,30 +214,36 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         fence_registers(w);
         pack_operand(operand, w);
       }
-      {  // V'^T = W^T T^T
-        float v_new[32];
+      // V'^T = W^T T^T, then S^T += V'^T (K e^{G_end - G}) and O^T = S^T (Q e^G)^T + V'^T Aqk^T, not earlier and by halves of the
+      // tokens for want of registers. T and Aqk are lower triangular.
+      uint32_t v_operand[16];
+      static_for<2>([&](auto half) {
+        float v_new[16];
         fence_registers(v_new);
         cute::warpgroup_arrive();
-        wgmma_k_major<1>(v_new, operand, smem.t, false);
+        wgmma_k_major<1, 2 + 2 * half>(v_new, operand, smem.t + half * (kPanelBytes / 2), false);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         fence_registers(v_new);
-        pack_operand(operand, v_new);
-      }
-      // S^T += V'^T (K e^{G_end - G}),  O^T = S^T (Q e^G)^T + V'^T Aqk^T; not earlier, for want of registers
-      float o[32];
-      fence_registers(s);
-      fence_registers(o);
-      cute::warpgroup_arrive();
-      wgmma_mn_major(s, operand, x.k_remaining[0]);
-      wgmma_k_major<2>(o, s_operand, x.q[0], false);
-      wgmma_k_major<1>(o, operand, smem.a_qk, true);
-      cute::warpgroup_commit_batch();
-      cute::warpgroup_wait<0>();
-      fence_registers(s);
-      fence_registers(o);
-      pack_operand(operand, o);
-      lanes.store_output(x.v[warpgroup], operand);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v_operand[8 * half + i] = pack_bf16(v_new[2 * i], v_new[2 * i + 1]);
+      });
+      static_for<2>([&](auto half) {
+        float o[16];
+        uint32_t o_packed[8];
+        if constexpr (half == 0) fence_registers(s);
+        fence_registers(o);
+        cute::warpgroup_arrive();
+        if constexpr (half == 0) wgmma_mn_major(s, v_operand, x.k_remaining[0]);
+        wgmma_k_major<2>(o, s_operand, x.q[0] + half * (kPanelBytes / 2), false);
+        wgmma_k_major<1, 2 + 2 * half>(o, v_operand, smem.a_qk + half * (kPanelBytes / 2), true);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<0>();
+        if constexpr (half == 0) fence_registers(s);
+        fence_registers(o);
+        pack_operand(o_packed, o);
+        lanes.store_output<2 * half>(x.v[warpgroup], o_packed);
+      });
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < 4; ++j, out += 16 * p.out.stride_token) {

@@ -124,11 +124,12 @@ struct StateLanes {
       }
     }
   }
-  // O^T, packed, to a panel.
-  __device__ __forceinline__ void store_output(char* panel, uint32_t const (&o)[16]) const {
+  // O^T of 16 kCount tokens, packed, to a panel, from token 16 kFirst on.
+  template <int kFirst = 0, int kCount>
+  __device__ __forceinline__ void store_output(char* panel, uint32_t const (&o)[kCount]) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      stmatrix_x4_trans(panel + own_offset[j], o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
+    for (int j = 0; j < kCount / 4; ++j)
+      stmatrix_x4_trans(panel + own_offset[kFirst + j], o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
   }
 };
 
