@@ -102,7 +102,7 @@ struct SolveScratch {
 };
 
 struct ChunkParams {
-  CUtensorMap q_map, k_map, g_map;  // boxes of 64 tokens of one head as panels of 128 bytes a token
+  CUtensorMap q_map, k_map, g_map;  // boxes of 64 tokens of one head as panels of 128 bytes a token, all of them
   TensorView beta;
   bool beta_is_fp32;
   const float* A_log;
@@ -119,11 +119,12 @@ struct ChunkPlace {
   int batch, head;
 };
 
-// Panels in shared memory: raw q, k and (bf16) g at first, operands of the recurrence at last.
+// Panels in shared memory: raw q, k and (bf16) g at first, operands of the recurrence at last. The gate, which is wanted first, comes
+// where the recurrence is done first.
 struct FactorPanels {
-  char* k;            // k, then -beta_i / |k_i|^2 k_i exp(G_i)
-  char* q;            // q, then scale / |q_i| q_i exp(G_i)
-  char* k_remaining;  // bf16 g, then k_j exp(G_end - G_j)
+  char* gate;  // bf16 g, then -beta_i / |k_i|^2 k_i exp(G_i)
+  char* q;     // q, then scale / |q_i| q_i exp(G_i)
+  char* k;     // k, then k_j exp(G_end - G_j)
 };
 struct SolvePanels {  // both zero above the diagonal blocks
   char* t;            // T~
@@ -132,30 +133,21 @@ struct SolvePanels {  // both zero above the diagonal blocks
 
 constexpr uint64_t kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
-// Requests, by one thread: of the two panels of a tensor; of q, k and a bf16 g; and, since it goes to the scratch, of an fp32 g by
-// itself.
+// Requests, by one thread: of a tensor's panels; of q and k; of a gate, which is in bf16 in `panel` or in fp32 in the scratch.
 __device__ __forceinline__ void request_panels(CUtensorMap const& map, uint64_t* loaded, char* panels,
-                                               ChunkPlace const& at, int head) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h)
-    cute::SM90_TMA_LOAD_4D::copy(&map, loaded, kStreamed, panels + h * kPanelBytes, 64 * h, head,
-                                 static_cast<int32_t>(at.first_token), at.batch);
+                                               ChunkPlace const& at, int head, int panel = 0) {
+  cute::SM90_TMA_LOAD_5D::copy(&map, loaded, kStreamed, panels, 0, static_cast<int32_t>(at.first_token), panel, head,
+                               at.batch);
 }
-template <bool kFp32Gate>
-__device__ __forceinline__ void request_chunk(ChunkParams const& p, ChunkPlace const& at, uint64_t* loaded,
-                                              FactorPanels const& to) {
+__device__ __forceinline__ void request_keys(ChunkParams const& p, ChunkPlace const& at, uint64_t* loaded,
+                                             FactorPanels const& to) {
   int const key_head = at.head / p.heads_per_key;
-  if (!kFp32Gate) request_panels(p.g_map, loaded, to.k_remaining, at, at.head);
   request_panels(p.k_map, loaded, to.k, at, key_head);
   request_panels(p.q_map, loaded, to.q, at, key_head);
 }
-__device__ __forceinline__ void request_fp32_gate(ChunkParams const& p, ChunkPlace const& at, uint64_t* loaded,
-                                                  FactorScratch& scratch) {
-#pragma unroll
-  for (int i = 0; i < kSteps / 2; ++i)
-    cute::SM90_TMA_LOAD_4D::copy(&p.g_map, loaded, kStreamed, scratch.fp32_gate[i], 32 * i, at.head,
-                                 static_cast<int32_t>(at.first_token), at.batch);
-}
+template <bool kFp32Gate>
+constexpr int kGateBytes = (kFp32Gate ? 2 : 1) * kOperandBytes;
+constexpr int kKeyBytes = 2 * kOperandBytes;
 
 // beta of a lane's two tokens, as it lies in memory.
 struct RawBeta {
@@ -385,13 +377,14 @@ __device__ __forceinline__ bool sync_factor_warps_and(bool vote) {
   return all;
 }
 
-// The first step: panels and scratch.low, k_rows and columns. `warp` is 0 to 7; the raw inputs are there already.
-// Returns the warp's parts of its diagonal block's products. `before_scratch()` is called by all before anything is written
-// that the other step reads.
-template <Gate kGate, bool kFp32Gate, int kUnroll, class F>
+// The first step: panels and scratch.low, k_rows and columns. `warp` is 0 to 7; the gate is there already. Returns the warp's
+// parts of its diagonal block's products. All call `before_scratch()` before anything is written that the other step
+// reads, `before_keys()` before q and k are read.
+template <Gate kGate, bool kFp32Gate, int kUnroll, class F, class G>
 __device__ __forceinline__ void make_factors(Product& q_product, Product& k_product, ChunkParams const& p,
                                              ChunkPlace at, FactorPanels const& panels, FactorScratch& scratch,
-                                             ChunkFactors& factors, int warp, int lane, F&& before_scratch) {
+                                             ChunkFactors& factors, int warp, int lane, F&& before_scratch,
+                                             G&& before_keys) {
   int const block = warp % kBlocks, half = warp / kBlocks;
   int const row = lane >> 2, column = 2 * (lane & 3), matrix = lane >> 3;
   int const token = kBlock * block + row;         // a lane's tokens are this one and 8 after it
@@ -400,15 +393,8 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
   uint32_t const lane_offset = panel_offset(kBlock * block + (matrix & 1) * 8 + (lane & 7), matrix >> 1);
   char* const q_panel = panels.q + half * kPanelBytes;
   char* const k_panel = panels.k + half * kPanelBytes;
-  char* const k_remaining_panel = panels.k_remaining + half * kPanelBytes;
+  char* const gate_panel = panels.gate + half * kPanelBytes;
 
-  if (tokens < kBlock) {  // the rows past the end are another sequence's
-    for (int i = max(tokens, 0); i < kBlock; ++i) {
-      uint32_t const word = panel_offset(kBlock * block + i, lane >> 2) + 4 * (lane & 3);
-      *reinterpret_cast<uint32_t*>(q_panel + word) = *reinterpret_cast<uint32_t*>(k_panel + word) = 0;
-    }
-    __syncwarp();
-  }
   bool tame = true;
   RawBeta raw_beta;
   raw_beta.load(p, at, warp, lane);
@@ -417,7 +403,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
   char* const low = reinterpret_cast<char*>(scratch.low[block][kHalfSteps * half]);
   int const channel = 64 * half + 2 * lane;
   // Of token i the word at ^ (i % 8) << 4, + 128 i; of the lower halves at ^ (i % 4) << 5 ^ (i / 4 % 2) << 4, + 128 (i / 4).
-  uint32_t const high_words = cute::cast_smem_ptr_to_uint(k_remaining_panel) + kBlock * block * kPanelRowBytes +
+  uint32_t const high_words = cute::cast_smem_ptr_to_uint(gate_panel) + kBlock * block * kPanelRowBytes +
                               ((lane >> 2) << 4) + ((lane & 3) << 2);
   uint32_t const low_words =
       cute::cast_smem_ptr_to_uint(low) + FactorScratch::low_offset(0, lane >> 2) + ((lane & 3) << 2);
@@ -479,6 +465,14 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
     tame = before.x >= kTame && before.y >= kTame && after.x >= kTame && after.y >= kTame;
     *reinterpret_cast<float2*>(&scratch.run[2 * block][channel]) = make_float2(before.x, before.y);
     *reinterpret_cast<float2*>(&scratch.run[2 * block + 1][channel]) = make_float2(after.x, after.y);
+  }
+  before_keys();
+  if (tokens < kBlock) {  // the rows past the end are another sequence's
+    for (int i = max(tokens, 0); i < kBlock; ++i) {
+      uint32_t const word = panel_offset(kBlock * block + i, lane >> 2) + 4 * (lane & 3);
+      *reinterpret_cast<uint32_t*>(q_panel + word) = *reinterpret_cast<uint32_t*>(k_panel + word) = 0;
+    }
+    __syncwarp();
   }
   if (p.qk_l2norm)
     store_square_sums(&scratch.square_sum[half][0][kBlock * block], &scratch.square_sum[half][1][kBlock * block],
@@ -575,7 +569,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
         uint32_t const low_offset = FactorScratch::low_offset((matrix & 1) * 8 + (lane & 7), 2 * s + (matrix >> 1));
         int const step = kHalfSteps * half + s;
         uint32_t high_halves[4], low_halves[4], q_raw[4], k_raw[4];
-        ldmatrix_x4(high_halves, k_remaining_panel + offset);
+        ldmatrix_x4(high_halves, gate_panel + offset);
         ldmatrix_x4(low_halves, low + low_offset);
         ldmatrix_x4(q_raw, q_panel + offset);
         ldmatrix_x4(k_raw, k_panel + offset);
@@ -585,7 +579,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
           sum[e] = {__uint_as_float(__byte_perm(low_halves[e], high_halves[e], 0x5410)),
                     __uint_as_float(__byte_perm(low_halves[e], high_halves[e], 0x7632))};
         if constexpr (!kIsTame) {
-          ldmatrix_x4_trans(high_halves, k_remaining_panel + offset);
+          ldmatrix_x4_trans(high_halves, gate_panel + offset);
           ldmatrix_x4_trans(low_halves, low + low_offset);
           Product const clamped = clamped_sums(from_middle, high_halves, low_halves, 16 * s, lane);
 #pragma unroll
@@ -618,7 +612,8 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
           for (int e = 0; e < 4; ++e)
             packed[e] = kIsTame ? (kc[e] * decays[e >> 1]).packed()
                                 : (unpacked(k_raw[e]) * exp2_pair(plus(minus(sum[e]), decays[e >> 1]))).packed();
-          stmatrix_x4(k_remaining_panel + offset, packed[0], packed[1], packed[2], packed[3]);
+          __syncwarp();  // all lanes have read q, k and the sums, over which their factors go
+          stmatrix_x4(k_panel + offset, packed[0], packed[1], packed[2], packed[3]);
 #pragma unroll
           for (int i = 1; i < kBlocks; ++i)
             if (i > block) {
@@ -647,9 +642,8 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
               packed[e] = (q * through).packed(), k_packed[e] = (k * through).packed();
             }
           }
-          __syncwarp();  // all lanes have read q and k, over which their factors go
           stmatrix_x4(q_panel + offset, packed[0], packed[1], packed[2], packed[3]);
-          stmatrix_x4(k_panel + offset, k_packed[0], k_packed[1], k_packed[2], k_packed[3]);
+          stmatrix_x4(gate_panel + offset, k_packed[0], k_packed[1], k_packed[2], k_packed[3]);
           if (block > 0) {
             store_fragment(scratch.low[block][step], q_row, lane);
             store_fragment(scratch.k_rows[block - 1][step], k_row, lane);

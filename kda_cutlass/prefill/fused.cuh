@@ -16,8 +16,8 @@ namespace kda {
 
 struct FusedParams {
   ChunkParams chunk;
-  CUtensorMap v_map;        // boxes of 64 channels x 64 tokens of one head, as panels
-  CUtensorMap v_token_map;  // boxes of 64 channels of one token
+  CUtensorMap v_map;        // boxes of one panel of 64 tokens of one head
+  CUtensorMap v_token_map;  // the same of one token
   StateParams state;
   OutputParams out;
   int tensor_tokens;  // T
@@ -43,8 +43,9 @@ struct FusedSmem {
   char a_qk[kPanelBytes];
   Pipeline pipe;
   ChunkWalk walk;
-  int chains[kStages];  // of the stages' chunks; -1: there are no more
-  int longest, chunks;  // of all sequences
+  alignas(8) uint64_t decayed_read;  // the chunk's k_decayed by all
+  int chains[kStages];               // of the stages' chunks; -1: there are no more
+  int longest, chunks;               // of all sequences
   bool in_turn;
   uint16_t order[kMostOrdered];  // the sequences, longest first
 };
@@ -96,6 +97,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   }
   if (threadIdx.x == 0) {
     pipe.init();
+    EmptyBarrier::init(&smem.decayed_read, kChunkThreads);
+    cutlass::arch::fence_barrier_init();
     smem.in_turn =
         p.dealt == nullptr || sequences.num_seqs > kMostOrdered || smem.longest * sequences.num_seqs == smem.chunks;
     smem.walk = {static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x), 0, 0, 0, 0};
@@ -107,12 +110,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
 
   if (warp >= 8) {
     cutlass::arch::warpgroup_reg_dealloc<88>();
-    return make_all_factors<kGate, kFp32Gate, kHalfSteps>(p.chunk, pipe, warp - 8, lane,
-                                                 [&](int n) -> FactorStage& { return smem.stages[n % kStages]; });
+    return make_all_factors<kGate, kFp32Gate, kHalfSteps>(
+        p.chunk, pipe, warp - 8, lane, [&](int n) -> FactorStage& { return smem.stages[n % kStages]; });
   }
 
-  // By a warp: asks for the n-th chunk of this CTA.
-  auto const request = [&](int n) {
+  // By a warp: finds the n-th chunk of this CTA and asks for its gate.
+  auto const request_first = [&](int n) {
     int const stage = n % kStages;
     ChunkWalk walk = smem.walk;
     while (walk.chunk >= walk.chunks && walk.chain < chains) {  // on to the next chain that has a chunk
@@ -138,26 +141,42 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
             walk.chain - seq * value_heads};
     }
     ++walk.chunk;
-    EmptyBarrier::wait(&pipe.empty[stage], (n / kStages & 1) ^ 1);
-    uint64_t* const loaded = &pipe.loaded[stage];
-    __syncwarp();
     if (lane == 0) {
       smem.walk = walk;
       smem.chains[stage] = walk.chain < chains ? walk.chain : -1;
-      request_stage<kFp32Gate>(p.chunk, pipe, smem.stages[stage], n, at, kOperandBytes);
-      if (at.tokens == kChunk) request_panels(p.v_map, loaded, smem.stages[stage].v[0], at, at.head);
-      if (kFp32Gate && n == 0 && at.tokens > 0) request_fp32_gate(p.chunk, at, loaded, pipe.factor_scratch);
+      request_gate<kFp32Gate>(p.chunk, pipe, smem.stages[stage], n, at);
     }
     __syncwarp();
-    if (at.tokens > 0 && at.tokens < kChunk) {
+  };
+  // Likewise: asks for the rest, once the stage is empty.
+  auto const request_rest = [&](int n) {
+    int const stage = n % kStages;
+    ChunkPlace const at = pipe.places[stage];
+    if (at.tokens == 0) return;
+    EmptyBarrier::wait(&pipe.empty[stage], (n / kStages & 1) ^ 1);
+    auto& x = smem.stages[stage];
+    uint64_t* const loaded = &pipe.loaded[stage];
+    if (lane == 0) {
+      TransactionBarrier::arrive_and_expect_tx(loaded, kKeyBytes + kOperandBytes);
+      request_keys(p.chunk, at, loaded, panels_of(x));
+      if (at.tokens == kChunk)
+        for (int h = 0; h < 2; ++h) request_panels(p.v_map, loaded, x.v[h], at, at.head, h);
+    }
+    __syncwarp();
+    if (at.tokens < kChunk) {
       // A partial chunk token by token: behind its end lie another sequence's values, so those rows are read past the end
       // of the tensor, which gives zeros.
       for (int row = lane; row < kChunk; row += 32)
         for (int h = 0; h < 2; ++h)
-          cute::SM90_TMA_LOAD_4D::copy(
-              &p.v_token_map, loaded, kStreamed, smem.stages[stage].v[h] + row * kPanelRowBytes, 64 * h, at.head,
-              row < at.tokens ? static_cast<int>(at.first_token) + row : p.tensor_tokens, at.batch);
+          cute::SM90_TMA_LOAD_5D::copy(&p.v_token_map, loaded, kStreamed, x.v[h] + row * kPanelRowBytes, 0,
+                                       row < at.tokens ? static_cast<int>(at.first_token) + row : p.tensor_tokens, h,
+                                       at.head, at.batch);
     }
+  };
+
+  auto const request_fp32_gate = [&](int stage) {
+    ChunkPlace const at = pipe.places[stage];
+    request_panels(p.chunk.g_map, &pipe.gate_loaded[stage], pipe.factor_scratch.fp32_gate[0], at, at.head);
   };
 
   // ---- solve, and carry the state
@@ -169,12 +188,17 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   bool const requests = warp == 7;
   int n = 0;
   if (requests) {
-    request(0);
-    request(1);
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) {
+      request_first(i);
+      request_rest(i);
+    }
+    if (kFp32Gate && lane == 0 && pipe.places[0].tokens > 0) request_fp32_gate(0);
+    __syncwarp();
   }
 #pragma unroll 1
   while (true) {
-    TransactionBarrier::wait(&pipe.loaded[n % kStages], n / kStages & 1);
+    TransactionBarrier::wait(&pipe.gate_loaded[n % kStages], n / kStages & 1);
     int const chain = smem.chains[n % kStages];
     if (chain < 0) break;
     int const seq = chain / value_heads, head = chain - seq * value_heads;
@@ -194,7 +218,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         if constexpr (kFp32Gate) {  // the next chunk's goes where the factors just read were
           if (requests && lane == 0 && pipe.places[stage ^ 1].tokens > 0) {
             EmptyBarrier::wait(&pipe.multiplied, n & 1);
-            request_fp32_gate(p.chunk, pipe.places[stage ^ 1], &pipe.loaded[stage ^ 1], pipe.factor_scratch);
+            request_fp32_gate(stage ^ 1);
           }
           __syncwarp();
         }
@@ -208,11 +232,16 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         lanes.decay(s, factors.decay);
         fence_registers(w);
         cute::warpgroup_arrive();
-        wgmma_k_major<2>(w, s_operand, x.k[0], true);
+        wgmma_k_major<2>(w, s_operand, x.k_decayed[0], true);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         fence_registers(w);
+        EmptyBarrier::arrive(&smem.decayed_read);
         pack_operand(operand, w);
+      }
+      if (requests) {
+        EmptyBarrier::wait(&smem.decayed_read, n & 1);
+        request_first(n + kStages);
       }
       // V'^T = W^T T^T, then S^T += V'^T (K e^{G_end - G}) and O^T = S^T (Q e^G)^T + V'^T Aqk^T, not earlier and by halves of the
       // tokens for want of registers. T and Aqk are lower triangular.
@@ -235,7 +264,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         fence_registers(o);
         cute::warpgroup_arrive();
         if constexpr (half == 0) wgmma_mn_major(s, v_operand, x.k_remaining[0]);
-        wgmma_k_major<2>(o, s_operand, x.q[0] + half * (kPanelBytes / 2), false);
+        wgmma_k_major<2>(o, s_operand, x.q_decayed[0] + half * (kPanelBytes / 2), false);
         wgmma_k_major<1, 2 + 2 * half>(o, v_operand, smem.a_qk + half * (kPanelBytes / 2), true);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
@@ -254,7 +283,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       }
       cutlass::arch::fence_view_async_shared();  // the next values come over what was written here
       EmptyBarrier::arrive(&pipe.empty[stage]);
-      if (requests) request(n + 2);
+      if (requests) request_rest(n + kStages);
     }
     StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane)).store_final(s, p.state, state_offset);
   }

@@ -11,22 +11,24 @@ namespace kda {
 constexpr int kStages = 2;
 
 struct FactorStage {
-  alignas(1024) char k[2][kPanelBytes], q[2][kPanelBytes], k_remaining[2][kPanelBytes];  // in the order of Record
+  alignas(1024) char k_decayed[2][kPanelBytes], q_decayed[2][kPanelBytes], k_remaining[2][kPanelBytes];  // as in Record
 };
 
 struct Pipeline {
   FactorScratch factor_scratch;
   SolveScratch solve_scratch;
   alignas(16) ChunkFactors factors[kStages];
-  ChunkPlace places[kStages];           // no tokens: there are no more chunks
-  alignas(8) uint64_t loaded[kStages];  // raw inputs and the place
-  alignas(8) uint64_t ready[kStages];   // factors and diagonal_parts
-  alignas(8) uint64_t empty[kStages];   // everything of the stage is read
-  alignas(8) uint64_t multiplied;       // row and column factors are read
-  alignas(8) uint64_t solved;           // solve_scratch is free
+  ChunkPlace places[kStages];                // no tokens: there are no more chunks
+  alignas(8) uint64_t gate_loaded[kStages];  // and the place
+  alignas(8) uint64_t loaded[kStages];       // the other raw inputs
+  alignas(8) uint64_t ready[kStages];        // factors and diagonal_parts
+  alignas(8) uint64_t empty[kStages];        // everything of the stage is read
+  alignas(8) uint64_t multiplied;            // row and column factors are read
+  alignas(8) uint64_t solved;                // solve_scratch is free
 
   __device__ __forceinline__ void init() {  // by one thread
     for (int s = 0; s < kStages; ++s) {
+      TransactionBarrier::init(&gate_loaded[s], 1);
       TransactionBarrier::init(&loaded[s], 1);
       EmptyBarrier::init(&ready[s], kChunkThreads);
       EmptyBarrier::init(&empty[s], kChunkThreads);
@@ -38,21 +40,21 @@ struct Pipeline {
 };
 
 __device__ __forceinline__ FactorPanels panels_of(FactorStage& stage) {
-  return {stage.k[0], stage.q[0], stage.k_remaining[0]};
+  return {stage.k_decayed[0], stage.q_decayed[0], stage.k_remaining[0]};
 }
 
-// Announces and requests the n-th chunk of this CTA, by one thread, once its stage is empty. An fp32 gate comes by itself.
+// By one thread: the n-th chunk of this CTA is this one. Requests its gate; an fp32 one comes by itself.
 template <bool kFp32Gate>
-__device__ __forceinline__ void request_stage(ChunkParams const& p, Pipeline& pipe, FactorStage& stage, int n,
-                                              ChunkPlace const& at, int more_bytes) {
-  uint64_t* const loaded = &pipe.loaded[n % kStages];
+__device__ __forceinline__ void request_gate(ChunkParams const& p, Pipeline& pipe, FactorStage& stage, int n,
+                                             ChunkPlace const& at) {
+  uint64_t* const loaded = &pipe.gate_loaded[n % kStages];
   pipe.places[n % kStages] = at;
   if (at.tokens == 0) {
     EmptyBarrier::arrive(loaded);
     return;
   }
-  TransactionBarrier::arrive_and_expect_tx(loaded, (kFp32Gate ? 4 : 3) * kOperandBytes + more_bytes);
-  request_chunk<kFp32Gate>(p, at, loaded, panels_of(stage));
+  TransactionBarrier::arrive_and_expect_tx(loaded, kGateBytes<kFp32Gate>);
+  if (!kFp32Gate) request_panels(p.g_map, loaded, panels_of(stage).gate, at, at.head);
 }
 
 // The factor warps' whole work. `stage_of(n)` gives the stage of the n-th chunk.
@@ -62,13 +64,14 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
 #pragma unroll 1
   for (int n = 0;; ++n) {
     int const s = n % kStages;
-    TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1);
+    TransactionBarrier::wait(&pipe.gate_loaded[s], n / kStages & 1);
     ChunkPlace const at = pipe.places[s];
     if (at.tokens == 0) break;
     Product q_product, k_product;
-    make_factors<kGate, kFp32Gate, kUnroll>(q_product, k_product, p, at, panels_of(stage_of(n)), pipe.factor_scratch,
-                                            pipe.factors[s], recomputed(warp), recomputed(lane),
-                                            [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); });
+    make_factors<kGate, kFp32Gate, kUnroll>(
+        q_product, k_product, p, at, panels_of(stage_of(n)), pipe.factor_scratch, pipe.factors[s], recomputed(warp),
+        recomputed(lane), [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); },
+        [&] { TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1); });
     EmptyBarrier::wait(&pipe.solved, (n & 1) ^ 1);
     store_diagonal_parts(pipe.solve_scratch, q_product, k_product, warp, lane);
     cutlass::arch::fence_view_async_shared();

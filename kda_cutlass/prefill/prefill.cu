@@ -71,23 +71,26 @@ EncodeTiled encode_tiled() {
 }
 
 // A [B, T, heads, 128] tensor as boxes of `box_tokens` tokens of one head, 128 bytes each, which land as rows of panels.
+// Boxes of `box_tokens` tokens of one head, in dimensions (channel of a panel, token, panel, head, batch): `box_panels` panels of
+// 128 bytes a token, one after another.
 cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams const& p, int heads, int box_tokens,
-                         bool fp32 = false) {
+                         int box_panels, bool fp32 = false) {
   auto const encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
-  int64_t const element = fp32 ? sizeof(float) : sizeof(bf16);
+  int64_t const element = fp32 ? sizeof(float) : sizeof(bf16), panel = kPanelRowBytes / element;
   auto stride = [&](int64_t elements,
                     int64_t extent) {  // a dimension of one element may have any stride: give it a legal one
     return static_cast<cuuint64_t>((extent > 1 ? elements : kHeadDim) * element);
   };
   int64_t const tokens = std::max<int64_t>(p.tokens, 1);
-  cuuint64_t const extents[4] = {kHeadDim, cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(p.batch)};
-  cuuint64_t const strides[3] = {stride(view.stride_head, heads), stride(view.stride_token, tokens),
-                                 stride(view.stride_batch, p.batch)};
-  cuuint32_t const box[4] = {cuuint32_t(kPanelRowBytes / element), 1, cuuint32_t(box_tokens), 1};
-  cuuint32_t const element_strides[4] = {1, 1, 1, 1};
+  cuuint64_t const extents[5] = {cuuint64_t(panel), cuuint64_t(tokens), cuuint64_t(kHeadDim / panel), cuuint64_t(heads),
+                                 cuuint64_t(p.batch)};
+  cuuint64_t const strides[4] = {stride(view.stride_token, tokens), cuuint64_t(kPanelRowBytes),
+                                 stride(view.stride_head, heads), stride(view.stride_batch, p.batch)};
+  cuuint32_t const box[5] = {cuuint32_t(panel), cuuint32_t(box_tokens), cuuint32_t(box_panels), 1, 1};
+  cuuint32_t const element_strides[5] = {1, 1, 1, 1, 1};
   CUresult const result =
-      encode(&map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+      encode(&map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
              const_cast<void*>(view.data), extents, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -219,12 +222,13 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   OutputParams const out = {static_cast<bf16*>(p.out), p.out_stride_batch, p.out_stride_token, p.out_stride_head};
   int const tensor_tokens = static_cast<int>(std::max<int64_t>(p.tokens, 1));
   CUtensorMap v_map, v_token_map;
-  if (cudaError_t const error = encode_boxes(chunk.q_map, p.q, p, p.heads, kChunk)) return error;
-  if (cudaError_t const error = encode_boxes(chunk.k_map, p.k, p, p.heads, kChunk)) return error;
-  if (cudaError_t const error = encode_boxes(chunk.g_map, p.g, p, p.value_heads, kChunk, p.g_dtype == Dtype::kFp32))
+  if (cudaError_t const error = encode_boxes(chunk.q_map, p.q, p, p.heads, kChunk, 2)) return error;
+  if (cudaError_t const error = encode_boxes(chunk.k_map, p.k, p, p.heads, kChunk, 2)) return error;
+  bool const fp32_gate = p.g_dtype == Dtype::kFp32;
+  if (cudaError_t const error = encode_boxes(chunk.g_map, p.g, p, p.value_heads, kChunk, fp32_gate ? 4 : 2, fp32_gate))
     return error;
-  if (cudaError_t const error = encode_boxes(v_map, p.v, p, p.value_heads, kChunk)) return error;
-  if (cudaError_t const error = encode_boxes(v_token_map, p.v, p, p.value_heads, 1)) return error;
+  if (cudaError_t const error = encode_boxes(v_map, p.v, p, p.value_heads, kChunk, 1)) return error;
+  if (cudaError_t const error = encode_boxes(v_token_map, p.v, p, p.value_heads, 1, 1)) return error;
 
   Schedules const schedules = choose_schedules(p, sm_count());
   int* const flags = static_cast<int*>(p.workspace);

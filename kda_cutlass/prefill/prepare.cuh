@@ -12,7 +12,7 @@ struct PrepareParams {
 };
 
 struct PrepareSmem {
-  alignas(1024) char panels[6][kPanelBytes];  // k, q, k_remaining, in the order of Record
+  alignas(1024) char panels[6][kPanelBytes];  // k_decayed, q_decayed, k_remaining, in the order of Record
   union {
     alignas(1024) FactorScratch factor_scratch;
     struct {                                      // once that is read
@@ -57,15 +57,16 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
   if (threadIdx.x == 0) {
     TransactionBarrier::init(&smem.loaded, 1);
     cutlass::arch::fence_barrier_init();
-    TransactionBarrier::arrive_and_expect_tx(&smem.loaded, (kFp32Gate ? 4 : 3) * kOperandBytes);
-    if (kFp32Gate) request_fp32_gate(p.chunk, at, &smem.loaded, smem.factor_scratch);
-    request_chunk<kFp32Gate>(p.chunk, at, &smem.loaded, panels);
+    TransactionBarrier::arrive_and_expect_tx(&smem.loaded, kGateBytes<kFp32Gate> + kKeyBytes);
+    request_panels(p.chunk.g_map, &smem.loaded, kFp32Gate ? smem.factor_scratch.fp32_gate[0] : panels.gate, at,
+                   at.head);
+    request_keys(p.chunk, at, &smem.loaded, panels);
   }
   __syncthreads();
   TransactionBarrier::wait(&smem.loaded, 0);
   Product q_product, k_product, below[2];
-  make_factors<kGate, kFp32Gate, kHalfSteps>(q_product, k_product, p.chunk, at, panels, smem.factor_scratch,
-                                             smem.factors, warp, lane, [] {});
+  make_factors<kGate, kFp32Gate, kHalfSteps>(
+      q_product, k_product, p.chunk, at, panels, smem.factor_scratch, smem.factors, warp, lane, [] {}, [] {});
   __syncthreads();
   SolveRole const role(warp);
   multiply_below(below, role, smem.factor_scratch, lane);

@@ -50,8 +50,8 @@ struct RecurrenceSmem {
 };
 
 struct RecurrenceParams {
-  CUtensorMap v_map;        // boxes of 64 channels x 64 tokens of one head, as panels
-  CUtensorMap v_token_map;  // boxes of 64 channels of one token
+  CUtensorMap v_map;        // boxes of one panel of 64 tokens of one head
+  CUtensorMap v_token_map;  // the same of one token
   Sequences sequences;
   Slab slab;
   int const* taken;  // not null: whether the fused kernel has done the call
@@ -125,16 +125,16 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
         __syncwarp();
 #pragma unroll
         for (int w = 0; w < kWarpgroups; ++w) {
-          int const channel = kValueTile * (slice * kWarpgroups + w);
+          int const panel = slice * kWarpgroups + w;
           if (tokens == kChunk) {
             if (lane == 0)
-              cute::SM90_TMA_LOAD_4D::copy(&p.v_map, full, kStreamed, smem.v[stage][w], channel, head, token, batch);
+              cute::SM90_TMA_LOAD_5D::copy(&p.v_map, full, kStreamed, smem.v[stage][w], 0, token, panel, head, batch);
           } else {
             // A partial chunk token by token: behind its end lie another sequence's values, so those rows are read past
             // the end of the tensor, which gives zeros.
             for (int row = lane; row < kChunk; row += 32)
-              cute::SM90_TMA_LOAD_4D::copy(&p.v_token_map, full, kStreamed, smem.v[stage][w] + row * kPanelRowBytes,
-                                           channel, head, row < tokens ? token + row : p.tensor_tokens, batch);
+              cute::SM90_TMA_LOAD_5D::copy(&p.v_token_map, full, kStreamed, smem.v[stage][w] + row * kPanelRowBytes, 0,
+                                           row < tokens ? token + row : p.tensor_tokens, panel, head, batch);
           }
         }
         if (++stage == Shape::kStages) stage = 0, phase ^= 1;
