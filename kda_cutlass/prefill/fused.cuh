@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       if (walk.chain >= chains) break;
       int const seq = walk.chain / value_heads;
       walk.first_token = sequences.first_token(seq);
-      walk.length = sequences.length(seq);
+      walk.length = live_length(sequences, p.state, seq);
       walk.chunk = 0, walk.chunks = static_cast<int>((walk.length + kChunk - 1) / kChunk);
     }
     ChunkPlace at = {0, 0, 0, 0};
@@ -145,9 +145,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
 #pragma unroll 1
   for (int chain = blockIdx.x; chain < chains; chain += gridDim.x) {
     int const seq = chain / value_heads, head = chain - seq * value_heads;
-    int64_t const state_offset = int64_t(chain) * kHeadDim * kHeadDim;
-    int64_t tokens = sequences.length(seq);
-    lanes.load_initial(s, p.state, state_offset);
+    int64_t tokens = live_length(sequences, p.state, seq);
+    if (tokens == 0) p.out.store_zeros(sequences, seq, head, threadIdx.x, kChunkThreads);
+    lanes.load_initial(s, p.state, initial_offset(p.state, seq, head));
     bf16* out = p.out.data + p.out.stride_batch * sequences.batch(seq) + p.out.stride_head * head +
                 p.out.stride_token * (sequences.first_token(seq) + lane / 2) + kValueTile * warpgroup +
                 16 * (warp % 4) + 8 * (lane % 2);
@@ -217,7 +217,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       EmptyBarrier::arrive(&pipe.empty[stage]);
       if (requests) request(n + 2);
     }
-    StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane)).store_final(s, p.state, state_offset);
+    StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane))
+        .store_final(s, p.state, final_offset(p.state, seq, head));
   }
 }
 
