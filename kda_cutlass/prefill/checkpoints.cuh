@@ -65,7 +65,7 @@ struct CheckpointList {
 #pragma unroll 1
       for (uint32_t hits = __ballot_sync(0xffffffffu, mine >= 0); hits != 0; hits &= hits - 1) {
         int64_t const target = __shfl_sync(0xffffffffu, static_cast<long long>(mine), __ffs(hits) - 1);
-        lanes.store(s, p.states, v_first, target * p.states.stride + head * kHeadDim * kHeadDim);
+        lanes.store(s, p.states, v_first, target * p.states.stride + head * kStateElements);
       }
     }
   }

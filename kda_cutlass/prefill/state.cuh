@@ -7,31 +7,40 @@
 namespace kda {
 
 constexpr int kValueTile = 64;  // value channels of a warpgroup
+constexpr int64_t kStateElements = kHeadDim * kHeadDim;
 
-// f(e, element of `state`) for a thread's part of S^T, whose accumulator layout is: element 4j + 2h + e is value channel
-// row + 8h, key channel 8j + 2 (lane % 4) + e.
-template <class T, class F>
-__device__ __forceinline__ void for_each_state_element(T* state, bool v_first, int value, int lane, F&& f) {
-  auto visit = [&](auto value_stride, auto key_stride) {  // constants, so that one address serves all elements
-    T* const own = state + value * value_stride + 2 * (lane & 3) * key_stride;
+// Visits a thread's part of S^T, whose accumulator layout is: element 4j + 2h + e is value channel row + 8h, key
+// channel 8j + 2 (lane % 4) + e.
+template <class F>
+__device__ __forceinline__ void for_each_state_pair(int lane, F&& f) {
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) f(i, own[i / 2 % 2 * 8 * value_stride + (i / 4 * 8 + i % 2) * key_stride]);
-  };
-  using One = std::integral_constant<int, 1>;
-  using Row = std::integral_constant<int, kHeadDim>;
-  if (v_first)
-    visit(Row{}, One{});
-  else
-    visit(One{}, Row{});
+  for (int j = 0; j < kHeadDim / 8; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) f(4 * j + 2 * h, 8 * h, 8 * j + 2 * (lane & 3));
 }
 
 template <class T>
 __device__ __forceinline__ void load_state(float (&s)[64], T const* state, bool v_first, int value, int lane) {
-  for_each_state_element(state, v_first, value, lane, [&](int i, T const& x) { s[i] = static_cast<float>(x); });
+  for_each_state_pair(lane, [&](int e, int dv, int key) {
+    int const v = value + dv;
+    s[e] = static_cast<float>(v_first ? state[v * kHeadDim + key] : state[key * kHeadDim + v]);
+    s[e + 1] = static_cast<float>(v_first ? state[v * kHeadDim + key + 1] : state[(key + 1) * kHeadDim + v]);
+  });
 }
 template <class T>
 __device__ __forceinline__ void store_state(float const (&s)[64], T* state, bool v_first, int value, int lane) {
-  for_each_state_element(state, v_first, value, lane, [&](int i, T& x) { x = static_cast<T>(s[i]); });
+  auto store = [&](int v_stride, int key_stride) {  // called with constants, so that one address serves all elements
+    T* const own = state + value * v_stride + 2 * (lane & 3) * key_stride;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        own[(e / 2 * 8) * v_stride + (8 * j + e % 2) * key_stride] = static_cast<T>(s[4 * j + e]);
+  };
+  if (v_first)
+    store(kHeadDim, 1);
+  else
+    store(1, kHeadDim);
 }
 
 // An accumulator is, pair by pair, the register layout of a left operand.

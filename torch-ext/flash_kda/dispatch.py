@@ -102,6 +102,8 @@ def run_pooled(call: Call, states: States, out: torch.Tensor, final_state: torch
     """A recurrent call with serving arguments."""
     if os.environ.get("FLASH_KDA_VALIDATE") == "1":
         check_contents(call)
+    if os.environ.get("FLASH_KDA_BATCH_INVARIANT") == "1":
+        call = call._replace(batch_invariant=True)
     path = _announce(call, *select_pooled(call, states))
     if path == CUDA_DECODE:
         decode.run(call, out, final_state, states)
