@@ -30,6 +30,10 @@ __device__ __forceinline__ void static_for(F&& f) {
   static_for_impl(f, std::make_integer_sequence<int, kCount>{});
 }
 
+__device__ __forceinline__ int64_t load_index(void const* data, int64_t offset, bool is_int64) {
+  return is_int64 ? static_cast<long long const*>(data)[offset] : static_cast<int const*>(data)[offset];
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

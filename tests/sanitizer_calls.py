@@ -75,6 +75,25 @@ def call(H, HV, *, B=1, T=200, N=1, gate="lower_bound", g=torch.bfloat16, beta=t
             assert torch.isfinite(result).all()
 
 
+def pooled_prefill(H, T, N, *, state, v_first, checkpoints=False):
+    """A prefill on a pool with padding rows and new sequences, that leaves states in it on its way if asked."""
+    normal = lambda *shape: torch.randn(*shape, device="cuda").bfloat16()  # noqa: E731
+    bounds = torch.linspace(0, T, N + 1, device="cuda").int()
+    pool = torch.randn(2 * N + 2, H, 128, 128, device="cuda").to(state)
+    slots = torch.arange(N, device="cuda") - 1  # the first is padding
+    options = {}
+    if checkpoints:
+        offsets = torch.tensor([64, 1 << 40, 128, 50] * N, device="cuda").view(N, 4)
+        options = dict(checkpoint_state=pool, checkpoint_offsets=offsets)
+        options["checkpoint_indices"] = torch.arange(N, 5 * N, device="cuda").view(N, 4)
+    kernel.fwd(
+        *(normal(1, T, H, 128) for _ in range(4)), normal(1, T, H), None, normal(1, T, H, 128),
+        torch.zeros(H, device="cuda"), None, -5.0, pool, pool, bounds,
+        ssm_state_indices=slots, has_initial_state=slots % 2 == 0, state_v_first=v_first, **options,
+    )  # fmt: skip
+    assert pool.isfinite().all()
+
+
 def layer_calls():
     """The kernels around KDA: states in place, packed and whole runs, inputs that are views, tails of every kind."""
 
@@ -114,6 +133,11 @@ if __name__ == "__main__":
     call(1, 3, B=2, N=2, T=65, gate="given", g=torch.float32)
     call(70, 70, T=130)  # one CTA a head
     call(1, 1, T=64 * 66)  # two slabs beside each other
+    for state, v_first in ((torch.float32, True), (torch.bfloat16, False)):
+        pooled_prefill(50, 600, 4, state=state, v_first=v_first)  # the fused kernel
+        pooled_prefill(2, 600, 4, state=state, v_first=v_first)
+        for H in (2, 70):
+            pooled_prefill(H, 600, 4, state=state, v_first=v_first, checkpoints=True)
     layer_calls()
     with torch.no_grad():
         for v_first in (False, True):

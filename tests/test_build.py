@@ -261,7 +261,10 @@ def test_cuda_operators(cuda_variant, kernel):
         f"{name}::prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
         "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!) workspace, "
         "float scale, float? lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, "
-        "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first) -> ()"
+        "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, "
+        "Tensor? ssm_state_indices=None, Tensor? has_initial_state=None, bool final_state_in_slots=False, "
+        "int min_state_index=0, Tensor(d!)? checkpoint_state=None, Tensor? checkpoint_offsets=None, "
+        "Tensor? checkpoint_indices=None, Tensor? checkpoint_indptr=None) -> ()"
     )
     wanted = [kernel.prefill.workspace_size(B, T, N, HV, packed) for T, B, N, HV, packed in WORKSPACES]
     assert answer["sizes"] == wanted

@@ -342,12 +342,3 @@ def test_vllm_registered_too_late(tmp_path):
     result = run_with_vllm(tmp_path, LATE)
     assert result.returncode != 0
     assert "RuntimeError: vllm._flashkda_C: expected it not to be loaded yet" in result.stderr
-
-
-def test_checkpoints_are_refused(kernel):
-    step = make_step(P, 3)
-    out = torch.full_like(step.v, 7.0).contiguous()
-    inputs = (step.q, step.k, step.v, step.g, step.beta, None, out, None, step.A_log, step.dt_bias, -5.0)
-    with pytest.raises(NotImplementedError, match="checkpoint_state: states inside a sequence"):
-        kernel.vllm.fwd(*inputs, cu_seqlens=step.cu_seqlens, checkpoint_state=step.initial_state)
-    assert (out == 7).all()

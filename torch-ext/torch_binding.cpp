@@ -77,6 +77,28 @@ const void* contiguous(const Tensor& tensor, const Tensor& q, const char* name) 
   return tensor.data_ptr();
 }
 
+// States [count, HV, 128, 128] or, with `lead` = 2, [B, T, HV, 128, 128]: dense but for the leading strides.
+kda::StateView states(const Tensor& tensor, const Tensor& q, int64_t lead, int64_t HV, const char* name) {
+  constexpr int64_t D = kda::kHeadDim;
+  check_device(tensor, q, name);
+  STD_TORCH_CHECK(
+      tensor.dim() == lead + 3 && tensor.size(lead) == HV && tensor.size(lead + 1) == D && tensor.size(lead + 2) == D,
+      name, " must end in [HV, 128, 128]");
+  STD_TORCH_CHECK(
+      (HV == 1 || tensor.stride(lead) == D * D) && tensor.stride(lead + 1) == D && tensor.stride(lead + 2) == 1, name,
+      " must be dense in its last three dimensions");
+  return {tensor.data_ptr(), tensor.stride(lead - 1), check_dtype(tensor, true, true, name)};
+}
+
+kda::IndexView indices(const Tensor& tensor, const Tensor& q, int64_t N, int64_t most_dims, const char* name) {
+  check_device(tensor, q, name);
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, name, " must be int32 or int64");
+  STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.dim() <= most_dims && tensor.size(0) == N, name, " must have N = ", N,
+                  " rows");
+  return {tensor.data_ptr(), tensor.stride(0), tensor.dim() == 2 ? tensor.stride(1) : 0, dtype == ScalarType::Long};
+}
+
 int narrow(int64_t value, const char* name) {
   STD_TORCH_CHECK(value <= INT_MAX, name, " = ", value, " is more than the kernels count");
   return static_cast<int>(value);
@@ -95,7 +117,11 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
              const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens, Tensor& out,
              const std::optional<Tensor>& final_state, Tensor& workspace, double scale,
              std::optional<double> lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel,
-             bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first) {
+             bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first,
+             const std::optional<Tensor>& ssm_state_indices, const std::optional<Tensor>& has_initial_state,
+             bool final_state_in_slots, int64_t min_state_index, const std::optional<Tensor>& checkpoint_state,
+             const std::optional<Tensor>& checkpoint_offsets, const std::optional<Tensor>& checkpoint_indices,
+             const std::optional<Tensor>& checkpoint_indptr) {
   STD_TORCH_CHECK(q.is_cuda() && q.dim() == 4 && v.dim() == 4, "prefill: q and v must be CUDA tensors of 4 dimensions");
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), HV = v.size(2), D = kda::kHeadDim;
   STD_TORCH_CHECK(H > 0 && HV > 0 && HV % H == 0, "prefill: HV = ", HV, " must be a positive multiple of H = ", H);
@@ -155,19 +181,57 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
     }
   }
 
-  if (initial_state) {
-    check_shape(*initial_state, {N, HV, D, D}, "initial_state");
-    check_alignment(*initial_state, kAlignment, "initial_state");
-    params.initial_state_dtype = check_dtype(*initial_state, true, true, "initial_state");
-    params.initial_state = contiguous(*initial_state, q, "initial_state");
+  kda::StateParams& state = params.state;
+  state.v_first = state_v_first;
+  state.num_slots = INT64_MAX;  // of the smaller pool, where both are one
+  STD_TORCH_CHECK(min_state_index >= 0, "prefill: min_state_index must not be negative");
+  if (ssm_state_indices) {
+    state.slots = indices(*ssm_state_indices, q, N, 1, "ssm_state_indices");
+    state.min_slot = min_state_index;
   }
-  if (final_state) {
-    check_shape(*final_state, {N, HV, D, D}, "final_state");
-    check_alignment(*final_state, kAlignment, "final_state");
-    params.final_state_dtype = check_dtype(*final_state, true, true, "final_state");
-    params.final_state = const_cast<void*>(contiguous(*final_state, q, "final_state"));
+  STD_TORCH_CHECK(ssm_state_indices || !final_state_in_slots, "prefill: final_state_in_slots needs ssm_state_indices");
+  state.final_in_slots = final_state_in_slots;
+  auto place = [&](const Tensor& tensor, bool in_slots, const char* name) {
+    STD_TORCH_CHECK(in_slots || tensor.size(0) == N, "prefill: ", name, " must hold N = ", N, " states");
+    if (in_slots && tensor.size(0) < state.num_slots) state.num_slots = tensor.size(0);
+    return states(tensor, q, 1, HV, name);
+  };
+  if (initial_state) state.initial = place(*initial_state, ssm_state_indices.has_value(), "initial_state");
+  if (final_state) state.final = place(*final_state, final_state_in_slots, "final_state");
+  if (has_initial_state) {
+    check_device(*has_initial_state, q, "has_initial_state");
+    check_shape(*has_initial_state, {N}, "has_initial_state");
+    STD_TORCH_CHECK(has_initial_state->scalar_type() == ScalarType::Bool, "prefill: has_initial_state must be bool");
+    state.has_initial = static_cast<const bool*>(has_initial_state->data_ptr());
+    state.has_initial_stride = has_initial_state->stride(0);
   }
-  params.state_v_first = state_v_first;
+
+  if (checkpoint_state) {
+    kda::CheckpointParams& checkpoints = params.checkpoints;
+    checkpoints.states = states(*checkpoint_state, q, 1, HV, "checkpoint_state");
+    checkpoints.num_slots = checkpoint_state->size(0);
+    STD_TORCH_CHECK(checkpoint_offsets, "prefill: checkpoint_state needs checkpoint_offsets");
+    const int64_t rows = checkpoint_indptr ? checkpoint_offsets->size(0) : N;
+    const int64_t most_dims = checkpoint_indptr ? 1 : 2;
+    auto entries = [&](const Tensor& tensor, const char* name) {
+      kda::IndexView view = indices(tensor, q, rows, most_dims, name);
+      if (checkpoint_indptr) view.stride_column = view.stride_row;  // one row
+      return view;
+    };
+    checkpoints.offsets = entries(*checkpoint_offsets, "checkpoint_offsets");
+    checkpoints.columns = checkpoint_indptr ? rows : checkpoint_offsets->dim() == 2 ? checkpoint_offsets->size(1) : 1;
+    if (checkpoint_indices) {
+      checkpoints.slots = entries(*checkpoint_indices, "checkpoint_indices");
+      STD_TORCH_CHECK(checkpoint_indices->dim() == checkpoint_offsets->dim() &&
+                          checkpoint_indices->numel() == checkpoint_offsets->numel(),
+                      "prefill: checkpoint_indices must have the shape of checkpoint_offsets");
+      checkpoints.min_slot = min_state_index;
+    }
+    if (checkpoint_indptr) {
+      checkpoints.indptr_is_int64 = indices(*checkpoint_indptr, q, N + 1, 1, "checkpoint_indptr").is_int64;
+      checkpoints.indptr = contiguous(*checkpoint_indptr, q, "checkpoint_indptr");
+    }
+  }
 
   params.batch = narrow(B, "B");
   params.tokens = narrow(T, "T");  // TMA coordinates
@@ -210,32 +274,16 @@ kda::TensorView decode_rows(const Tensor& tensor, const char* name) {
   return {tensor.data_ptr(), stride(tensor, 0), stride(tensor, 1), stride(tensor, 2)};
 }
 
-// States [count, HV, 128, 128] or, with `lead` = 2, [B, T, HV, 128, 128]: dense but for the leading strides.
-kda::StateView states(const Tensor& tensor, const Tensor& q, int64_t lead, int64_t HV, const char* name) {
-  constexpr int64_t D = kda::kHeadDim;
-  check_device(tensor, q, name);
-  STD_TORCH_CHECK(
-      tensor.dim() == lead + 3 && tensor.size(lead) == HV && tensor.size(lead + 1) == D && tensor.size(lead + 2) == D,
-      name, " must end in [HV, 128, 128]");
-  STD_TORCH_CHECK(
-      (HV == 1 || tensor.stride(lead) == D * D) && tensor.stride(lead + 1) == D && tensor.stride(lead + 2) == 1, name,
-      " must be dense in its last three dimensions");
+// The same where the decode kernel moves them, in pieces of 16 bytes.
+kda::StateView decode_states(const Tensor& tensor, const Tensor& q, int64_t lead, int64_t HV, const char* name) {
+  const kda::StateView view = states(tensor, q, lead, HV, name);
   check_alignment(tensor, kAlignment, name);
   for (int64_t dim = 0; dim < lead; ++dim) {
     STD_TORCH_CHECK(
         tensor.size(dim) <= 1 || tensor.stride(dim) * static_cast<int64_t>(tensor.element_size()) % kAlignment == 0,
         name, "'s stride in dimension ", dim, " must be a multiple of ", kAlignment, " bytes");
   }
-  return {tensor.data_ptr(), tensor.stride(lead - 1), check_dtype(tensor, true, true, name)};
-}
-
-kda::IndexView indices(const Tensor& tensor, const Tensor& q, int64_t N, int64_t most_dims, const char* name) {
-  check_device(tensor, q, name);
-  const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, name, " must be int32 or int64");
-  STD_TORCH_CHECK(tensor.dim() >= 1 && tensor.dim() <= most_dims && tensor.size(0) == N, name, " must have N = ", N,
-                  " rows");
-  return {tensor.data_ptr(), tensor.stride(0), tensor.dim() == 2 ? tensor.stride(1) : 0, dtype == ScalarType::Long};
+  return view;
 }
 
 }  // namespace
@@ -309,7 +357,7 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, 
   }
 
   if (initial_state) {
-    params.initial_state = states(*initial_state, q, 1, HV, "initial_state");
+    params.initial_state = decode_states(*initial_state, q, 1, HV, "initial_state");
     params.num_slots = initial_state->size(0);
     STD_TORCH_CHECK(ssm_state_indices || params.num_slots == N, "decode: initial_state must hold N = ", N, " states");
   }
@@ -336,12 +384,12 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, 
     STD_TORCH_CHECK(!final_state, "decode: final_state must be absent with inplace_final_state");
     params.final_state = params.initial_state;
   } else if (final_state) {
-    params.final_state = states(*final_state, q, 1, HV, "final_state");
+    params.final_state = decode_states(*final_state, q, 1, HV, "final_state");
     STD_TORCH_CHECK(final_state->size(0) == N, "decode: final_state must hold N = ", N, " states");
     params.keep = kda::Keep::kLast;
   }
   if (token_states) {
-    params.token_states = states(*token_states, q, 2, HV, "token_states");
+    params.token_states = decode_states(*token_states, q, 2, HV, "token_states");
     STD_TORCH_CHECK(token_states->size(0) == B && token_states->size(1) == T,
                     "decode: token_states must begin with [B, T]");
     params.token_states_stride_batch = token_states->stride(0);
@@ -370,7 +418,10 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "prefill(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor? initial_state, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!) workspace, "
       "float scale, float? lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, "
-      "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first) -> ()");
+      "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, "
+      "Tensor? ssm_state_indices=None, Tensor? has_initial_state=None, bool final_state_in_slots=False, "
+      "int min_state_index=0, Tensor(d!)? checkpoint_state=None, Tensor? checkpoint_offsets=None, "
+      "Tensor? checkpoint_indices=None, Tensor? checkpoint_indptr=None) -> ()");
   ops.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor(a!)? initial_state, Tensor? cu_seqlens, Tensor? ssm_state_indices, Tensor? num_accepted_tokens, "

@@ -5,14 +5,20 @@
 
 #include <optional>
 
-void prefill(
-    const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
-    const torch::stable::Tensor& g, const torch::stable::Tensor& beta,
-    const std::optional<torch::stable::Tensor>& A_log, const std::optional<torch::stable::Tensor>& dt_bias,
-    const std::optional<torch::stable::Tensor>& initial_state, const std::optional<torch::stable::Tensor>& cu_seqlens,
-    torch::stable::Tensor& out, const std::optional<torch::stable::Tensor>& final_state,
-    torch::stable::Tensor& workspace, double scale, std::optional<double> lower_bound, bool use_gate_in_kernel,
-    bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first);
+void prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+             const torch::stable::Tensor& g, const torch::stable::Tensor& beta,
+             const std::optional<torch::stable::Tensor>& A_log, const std::optional<torch::stable::Tensor>& dt_bias,
+             const std::optional<torch::stable::Tensor>& initial_state,
+             const std::optional<torch::stable::Tensor>& cu_seqlens, torch::stable::Tensor& out,
+             const std::optional<torch::stable::Tensor>& final_state, torch::stable::Tensor& workspace, double scale,
+             std::optional<double> lower_bound, bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel,
+             bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first,
+             const std::optional<torch::stable::Tensor>& ssm_state_indices,
+             const std::optional<torch::stable::Tensor>& has_initial_state, bool final_state_in_slots,
+             int64_t min_state_index, const std::optional<torch::stable::Tensor>& checkpoint_state,
+             const std::optional<torch::stable::Tensor>& checkpoint_offsets,
+             const std::optional<torch::stable::Tensor>& checkpoint_indices,
+             const std::optional<torch::stable::Tensor>& checkpoint_indptr);
 
 // Bytes of workspace that `prefill` asks for; flash_kda.prefill.workspace_size computes the same in Python.
 int64_t prefill_workspace_size(int64_t tokens_per_batch, int64_t batch, int64_t num_seqs, int64_t value_heads,

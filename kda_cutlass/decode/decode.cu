@@ -14,10 +14,6 @@ namespace {
 
 constexpr int kTokens = kDecodeWarps;  // that are kept in shared memory at a time, one brought by each warp
 
-__device__ __forceinline__ int64_t load_index(void const* data, int64_t offset, bool is_int64) {
-  return is_int64 ? static_cast<long long const*>(data)[offset] : static_cast<int const*>(data)[offset];
-}
-
 // Four neighbouring numbers of bf16 or fp32 as they lie in memory. Loading waits for nothing: converting at once, or one
 // register for two kinds of loads, would make each load wait for the one before.
 struct RawFloats {

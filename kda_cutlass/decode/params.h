@@ -2,24 +2,9 @@
 // what lies in index tensors, checks nothing else).
 #pragma once
 
-#include "../prefill/params.h"  // Dtype, Gate, TensorView, kHeadDim
+#include "../prefill/params.h"  // Dtype, Gate, TensorView, StateView, IndexView, kHeadDim
 
 namespace kda {
-
-// States of [HV, 128, 128], dense inside, one every `stride` elements; 16-byte aligned base and strides.
-struct StateView {
-  void* data = nullptr;
-  int64_t stride = 0;
-  Dtype dtype = Dtype::kFp32;
-};
-
-// A one- or two-dimensional tensor of int32 or int64 with free strides.
-struct IndexView {
-  const void* data = nullptr;
-  int64_t stride_row = 0;
-  int64_t stride_column = 0;
-  bool is_int64 = false;
-};
 
 // What of a sequence's states goes to final_state.
 enum class Keep : int {
@@ -41,7 +26,7 @@ struct DecodeParams {
 
   // Where a sequence starts. Without `slots` sequence n starts from state n. With it, from the state that its entry of
   // column 0 names, or of column num_accepted[n] - 1. An entry outside [min_slot, num_slots) makes the sequence padding:
-  // its outputs are zero and its states are neither read nor written.
+  // its outputs are zero and its states are neither read nor written. All states start at multiples of 16 bytes.
   StateView initial_state;  // data null: zeros
   IndexView slots;          // [N, slot_columns], or data null
   IndexView num_accepted;   // [N], or data null: 1

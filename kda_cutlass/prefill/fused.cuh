@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       if (walk.chain >= chains) break;
       int const seq = walk.chain / value_heads;
       walk.first_token = sequences.first_token(seq);
-      walk.length = sequences.length(seq);
-      walk.chunk = 0, walk.chunks = sequences.chunks(seq);
+      walk.length = live_length(sequences, p.state, seq);
+      walk.chunk = 0, walk.chunks = static_cast<int>((walk.length + kChunk - 1) / kChunk);
     }
     ChunkPlace at = {0, 0, 0, 0};
     if (walk.chain < chains) {
@@ -202,9 +202,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     int const chain = smem.chains[n % kStages];
     if (chain < 0) break;
     int const seq = chain / value_heads, head = chain - seq * value_heads;
-    int64_t const state_offset = int64_t(chain) * kHeadDim * kHeadDim;
-    int64_t tokens = sequences.length(seq);
-    lanes.load_initial(s, p.state, state_offset);
+    int64_t tokens = live_length(sequences, p.state, seq);
+    lanes.load_initial(s, p.state, initial_offset(p.state, seq, head));
     bf16* out = p.out.data + p.out.stride_batch * sequences.batch(seq) + p.out.stride_head * head +
                 p.out.stride_token * (sequences.first_token(seq) + lane / 2) + kValueTile * warpgroup +
                 16 * (warp % 4) + 8 * (lane % 2);
@@ -285,16 +284,17 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       EmptyBarrier::arrive(&pipe.empty[stage]);
       if (requests) request_rest(n + kStages);
     }
-    StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane)).store_final(s, p.state, state_offset);
+    StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane))
+        .store_final(s, p.state, final_offset(p.state, seq, head));
   }
-  // Sequences without tokens keep their state.
+  // Sequences without tokens keep their state; those that are padding get zeros for outputs.
   for (int first = 0; first < sequences.num_seqs; first += 32) {
-    uint32_t empty =
-        __ballot_sync(0xffffffffu, first + lane < sequences.num_seqs && sequences.chunks(first + lane) == 0);
-    for (; empty != 0; empty &= empty - 1)
+    bool const live = first + lane >= sequences.num_seqs || live_length(sequences, p.state, first + lane) > 0;
+    for (uint32_t empty = ~__ballot_sync(0xffffffffu, live); empty != 0; empty &= empty - 1)
       for (int head = blockIdx.x; head < value_heads; head += gridDim.x) {
-        int64_t const offset = (int64_t(first + __ffs(empty) - 1) * value_heads + head) * kHeadDim * kHeadDim;
-        for (int i = threadIdx.x; i < kHeadDim * kHeadDim; i += kChunkThreads) p.state.keep(offset + i);
+        int const seq = first + __ffs(empty) - 1;
+        p.out.store_zeros(sequences, seq, head, threadIdx.x, kChunkThreads);
+        keep_state(p.state, seq, head, threadIdx.x, kChunkThreads);
       }
   }
 }

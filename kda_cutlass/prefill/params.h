@@ -25,6 +25,51 @@ struct TensorView {
   int64_t stride_head = 0;
 };
 
+// States of [HV, 128, 128], dense inside, one every `stride` elements.
+struct StateView {
+  void* data = nullptr;
+  int64_t stride = 0;
+  Dtype dtype = Dtype::kFp32;
+};
+
+// A one- or two-dimensional tensor of int32 or int64 with free strides.
+struct IndexView {
+  const void* data = nullptr;
+  int64_t stride_row = 0;
+  int64_t stride_column = 0;
+  bool is_int64 = false;
+};
+
+// Where the sequences of a prefill start and end. Without `slots` sequence n has state n. With it, the state that entry n
+// names; an entry outside [min_slot, num_slots) makes the sequence padding: its outputs are zero and no slot of its is read
+// or written.
+struct StateParams {
+  StateView initial;     // data null: zeros; may alias final
+  StateView final;       // data null: not wanted
+  bool v_first = false;  // [V, K] instead of [K, V]
+  IndexView slots;       // [N], or data null
+  int64_t min_slot = 0;
+  int64_t num_slots = 0;
+  bool final_in_slots = false;        // else sequence n ends in state n; that of a padding sequence is zero
+  const bool* has_initial = nullptr;  // [N]: false starts from zero; null: all have one
+  int64_t has_initial_stride = 0;
+};
+
+// States inside sequences, at multiples of 64 tokens. Entry (n, i) of [N, columns] asks for the state of sequence n after
+// `offsets` tokens in slot `slots`; with `indptr` sequence n has the entries indptr[n] up to, without, indptr[n + 1] of
+// one row. An offset that is no positive multiple of 64 within the sequence, and a slot outside [min_slot, num_slots), ask
+// for nothing.
+struct CheckpointParams {
+  StateView states;  // data null: no checkpoints
+  int64_t min_slot = 0;
+  int64_t num_slots = 0;
+  IndexView offsets;
+  IndexView slots;  // shaped as offsets; data null: an entry's slot is its number
+  int64_t columns = 0;
+  const void* indptr = nullptr;  // [N + 1], or null
+  bool indptr_is_int64 = false;
+};
+
 struct PrefillParams {
   TensorView q, k, v, g;  // bf16, 16-byte aligned base and strides; g bf16 or fp32
   TensorView beta;        // bf16 or fp32, any strides
@@ -39,11 +84,8 @@ struct PrefillParams {
   const float* A_log = nullptr;    // [HV] or null
   const float* dt_bias = nullptr;  // [HV, 128] or null
 
-  const void* initial_state = nullptr;  // [N, HV, 128, 128] contiguous, or null for zero; may alias final_state
-  void* final_state = nullptr;          // likewise, or null when not wanted
-  Dtype initial_state_dtype = Dtype::kFp32;
-  Dtype final_state_dtype = Dtype::kFp32;
-  bool state_v_first = false;  // [V, K] instead of [K, V]
+  StateParams state;
+  CheckpointParams checkpoints;
 
   const void* cu_seqlens = nullptr;  // [N + 1] int32 or int64, or null: N = B sequences of T tokens
   bool cu_seqlens_is_int64 = false;

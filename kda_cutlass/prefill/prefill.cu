@@ -89,10 +89,10 @@ cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams
                                  stride(view.stride_head, heads), stride(view.stride_batch, p.batch)};
   cuuint32_t const box[5] = {cuuint32_t(panel), cuuint32_t(box_tokens), cuuint32_t(box_panels), 1, 1};
   cuuint32_t const element_strides[5] = {1, 1, 1, 1, 1};
-  CUresult const result =
-      encode(&map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
-             const_cast<void*>(view.data), extents, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult const result = encode(&map, fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
+                                 p.tokens > 0 ? const_cast<void*>(view.data) : p.workspace, extents, strides, box,
+                                 element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -146,8 +146,9 @@ template <Gate kGate, bool kFp32Gate>
 cudaError_t launch_prepare(PrepareParams const& params, bool overlap, cudaStream_t stream) {
   auto constexpr kKernel = prepare_kernel<kGate, kFp32Gate>;
   if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(PrepareSmem))) return error;
-  dim3 const grid(params.chunk.value_heads,
-                  params.slab.end - params.slab.begin);  // neighbouring heads together, for DRAM's sake
+  // Neighbouring heads together, for DRAM's sake. Where all may be for nothing, two waves of CTAs that take the slots in turn.
+  int const slots = params.slab.end - params.slab.begin, heads = params.chunk.value_heads;
+  dim3 const grid(heads, params.taken == nullptr ? slots : std::min(slots, (4 * sm_count() + heads - 1) / heads));
   return launch(kKernel, grid, kChunkThreads, sizeof(PrepareSmem), overlap, params, stream);
 }
 
@@ -160,14 +161,15 @@ cudaError_t launch_fused(FusedParams const& params, int sms, cudaStream_t stream
   return launch(kKernel, grid, kFusedThreads, sizeof(FusedSmem), false, params, stream);
 }
 
-template <int kWarpgroups>
+template <int kWarpgroups, bool kCheckpoints>
 cudaError_t launch_recurrence(RecurrenceParams const& params, cudaStream_t stream) {
   using Shape = RecurrenceShape<kWarpgroups>;
   constexpr size_t kSmem = sizeof(RecurrenceSmem<kWarpgroups>);
   static_assert(kSmem <= 227 * 1024);
-  if (cudaError_t const error = allow_shared_memory<recurrence_kernel<kWarpgroups>>(kSmem)) return error;
+  auto constexpr kKernel = recurrence_kernel<kWarpgroups, kCheckpoints>;
+  if (cudaError_t const error = allow_shared_memory<kKernel>(kSmem)) return error;
   dim3 const grid(static_cast<unsigned>(int64_t(params.sequences.num_seqs) * params.value_heads * Shape::kSlices));
-  return launch(recurrence_kernel<kWarpgroups>, grid, Shape::kThreads, kSmem, true, params, stream);
+  return launch(kKernel, grid, Shape::kThreads, kSmem, true, params, stream);
 }
 
 // Which kernels a call launches. Where sequences are packed their lengths may have to decide, on the device: then both, and one of
@@ -176,6 +178,7 @@ struct Schedules {
   bool fused, split;
 };
 Schedules choose_schedules(PrefillParams const& p, int sms) {
+  if (p.checkpoints.states.data != nullptr) return {false, true};  // only the recurrence writes them
   int64_t const chains = int64_t(p.num_seqs) * p.value_heads;
   int64_t const each = (p.tokens * p.batch / p.num_seqs + kChunk - 1) / kChunk;  // chunks, were all of one length
   if (!Choice::fused_pays(each, each * chains, chains, sms)) return {false, true};
@@ -217,8 +220,6 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
                        p.qk_l2norm,
                        p.beta_sigmoid,
                        p.allow_neg_eigval};
-  StateParams const state = {p.initial_state, p.final_state, p.initial_state_dtype == Dtype::kFp32,
-                             p.final_state_dtype == Dtype::kFp32, p.state_v_first};
   OutputParams const out = {static_cast<bf16*>(p.out), p.out_stride_batch, p.out_stride_token, p.out_stride_head};
   int const tensor_tokens = static_cast<int>(std::max<int64_t>(p.tokens, 1));
   CUtensorMap v_map, v_token_map;
@@ -237,7 +238,7 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   if (schedules.fused) {
     if (dealt != nullptr)
       if (cudaError_t const error = cudaMemsetAsync(dealt, 0, sizeof(*dealt), stream)) return error;
-    FusedParams const params = {chunk, v_map, v_token_map, state, out, tensor_tokens, taken, dealt};
+    FusedParams const params = {chunk, v_map, v_token_map, p.state, out, tensor_tokens, taken, dealt};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
       return launch_fused<decltype(gate)::value, decltype(fp32)::value>(params, sm_count(), stream);
     });
@@ -245,7 +246,8 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   }
 
   PrepareParams prepare = {chunk, {}, taken};
-  RecurrenceParams recurrence = {v_map, v_token_map, sequences, {}, taken, p.value_heads, state, out, tensor_tokens};
+  RecurrenceParams recurrence = {v_map,         v_token_map, sequences,     {},  taken,
+                                 p.value_heads, p.state,     p.checkpoints, out, tensor_tokens};
   int index = 0;
   for (int begin = 0; begin < schedule.slots || index == 0; begin += schedule.slab_slots, ++index) {
     Slab const slab = {begin, std::min(begin + schedule.slab_slots, schedule.slots),
@@ -259,8 +261,12 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
       });
       if (error != cudaSuccess) return error;
     }
-    cudaError_t const error =
-        schedule.split_values ? launch_recurrence<1>(recurrence, stream) : launch_recurrence<2>(recurrence, stream);
+    bool const checkpoints = p.checkpoints.states.data != nullptr;
+    auto* const launch_it = schedule.split_values
+                                ? checkpoints ? launch_recurrence<1, true> : launch_recurrence<1, false>
+                            : checkpoints ? launch_recurrence<2, true>
+                                          : launch_recurrence<2, false>;
+    cudaError_t const error = launch_it(recurrence, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -14,7 +14,7 @@
 #include <cuda.h>
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "state.cuh"
+#include "checkpoints.cuh"
 
 namespace kda {
 
@@ -57,11 +57,12 @@ struct RecurrenceParams {
   int const* taken;  // not null: whether the fused kernel has done the call
   int value_heads;
   StateParams state;
+  CheckpointParams checkpoints;
   OutputParams out;
   int tensor_tokens;  // T
 };
 
-template <int kWarpgroups>
+template <int kWarpgroups, bool kCheckpoints>
 __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     recurrence_kernel(const __grid_constant__ RecurrenceParams p) {
   using Shape = RecurrenceShape<kWarpgroups>;
@@ -79,12 +80,13 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   int const slice = blockIdx.x % Shape::kSlices;
   int const head = blockIdx.x / Shape::kSlices % p.value_heads;
   int const seq = blockIdx.x / (Shape::kSlices * p.value_heads);
-  int64_t const first_token = p.sequences.first_token(seq), length = p.sequences.length(seq);
+  int64_t const first_token = p.sequences.first_token(seq), length = live_length(p.sequences, p.state, seq);
   int const slot_base = p.sequences.slot_base(seq), chunks = static_cast<int>((length + kChunk - 1) / kChunk);
   int const begin = max(p.slab.begin - slot_base, 0);
   int const end = max(min(p.slab.end - slot_base, chunks), begin);
   bool const only_state = chunks == 0 && p.slab.begin == 0;
   if (begin == end && !only_state) return;
+  if (only_state && slice == 0) p.out.store_zeros(p.sequences, seq, head, threadIdx.x, Shape::kThreads);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < Shape::kStages; ++s) {
@@ -160,13 +162,13 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   // ---- consumers
   if constexpr (kWarpgroups > 1) cutlass::arch::warpgroup_reg_alloc<232>();
   int const warpgroup = warp / 4;
-  StateLanes const lanes(kValueTile * (slice * kWarpgroups + warpgroup), warp % 4, lane);
-  int64_t const state_offset = (int64_t(seq) * p.value_heads + head) * kHeadDim * kHeadDim;
+  int const first_value = kValueTile * (slice * kWarpgroups + warpgroup);
+  StateLanes const lanes(first_value, warp % 4, lane);
   float s[64];
   if (begin > 0)
     load_state(s, p.slab.carry_in + int64_t(head) * kHeadDim * kHeadDim, true, lanes.value, lane);
   else
-    lanes.load_initial(s, p.state, state_offset);
+    lanes.load_initial(s, p.state, initial_offset(p.state, seq, head));
   float w[32], o[32], v_new[32];
   uint32_t s_operand[32], w_operand[16], v_operand[16], o_packed[16];
   auto hand_out = [&](int chunks_before) {  // to the writer; the panel is free once the chunk before has left it
@@ -181,6 +183,8 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     lanes.seed_with_values(w, smem.v[0][warpgroup], smem.factors[0]);
     lanes.decay(s, smem.factors[0].decay);
   }
+  [[maybe_unused]] int checkpoint = 0;  // whole chunks before the next one
+  if constexpr (kCheckpoints) checkpoint = CheckpointList(p.checkpoints, p.sequences, seq, lane).next(begin);
   auto step = [&](auto stage_constant, int i, int phase) {
     constexpr int stage = decltype(stage_constant)::value;
     auto& operands = smem.operands[stage];
@@ -227,6 +231,14 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     cute::warpgroup_wait<1>();
     fence_registers(s);
     pack_operand(s_operand, s);
+    if constexpr (kCheckpoints) {
+      if (int const done = begin + i + 1; done == checkpoint) {
+        int const here = recomputed(lane);  // nothing of this is worth a register in the loop
+        CheckpointList const list(p.checkpoints, p.sequences, recomputed(seq), here);
+        list.store(s, StateLanes(first_value, warp % 4, here), p.state.v_first, recomputed(head), done);
+        checkpoint = list.next(done);
+      }
+    }
     // Not behind the next product: ptxas would wait for that one first.
     lanes.decay(s, last ? smem.no_decay : smem.factors[next_stage].decay);
 
@@ -247,7 +259,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   if (end < chunks)
     store_state(s, p.slab.carry_out + int64_t(head) * kHeadDim * kHeadDim, true, lanes.value, lane);
   else
-    lanes.store_final(s, p.state, state_offset);
+    lanes.store_final(s, p.state, final_offset(p.state, seq, head));
 }
 
 }  // namespace kda

@@ -7,6 +7,7 @@
 namespace kda {
 
 constexpr int kValueTile = 64;  // value channels of a warpgroup
+constexpr int64_t kStateElements = kHeadDim * kHeadDim;
 
 // Visits a thread's part of S^T, whose accumulator layout is: element 4j + 2h + e is value channel row + 8h, key
 // channel 8j + 2 (lane % 4) + e.
@@ -28,11 +29,18 @@ __device__ __forceinline__ void load_state(float (&s)[64], T const* state, bool 
 }
 template <class T>
 __device__ __forceinline__ void store_state(float const (&s)[64], T* state, bool v_first, int value, int lane) {
-  for_each_state_pair(lane, [&](int e, int dv, int key) {
-    int const v = value + dv;
-    state[v_first ? v * kHeadDim + key : key * kHeadDim + v] = static_cast<T>(s[e]);
-    state[v_first ? v * kHeadDim + key + 1 : (key + 1) * kHeadDim + v] = static_cast<T>(s[e + 1]);
-  });
+  auto store = [&](int v_stride, int key_stride) {  // called with constants, so that one address serves all elements
+    T* const own = state + value * v_stride + 2 * (lane & 3) * key_stride;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        own[(e / 2 * 8) * v_stride + (8 * j + e % 2) * key_stride] = static_cast<T>(s[4 * j + e]);
+  };
+  if (v_first)
+    store(kHeadDim, 1);
+  else
+    store(1, kHeadDim);
 }
 
 // An accumulator is, pair by pair, the register layout of a left operand.
@@ -42,26 +50,58 @@ __device__ __forceinline__ void pack_operand(uint32_t (&packed)[kCount / 2], flo
   for (int i = 0; i < kCount / 2; ++i) packed[i] = pack_bf16(acc[2 * i], acc[2 * i + 1]);
 }
 
-struct StateParams {
-  const void* initial;  // [N, HV, K, V] or, V-first, [N, HV, V, K]; null for zero
-  void* final;          // likewise; null when not wanted
-  bool initial_is_fp32, final_is_fp32, v_first;
+// The state in which a sequence starts and, in slots, ends; -1 for a padding sequence, which has none.
+__device__ __forceinline__ int64_t state_slot(StateParams const& p, int seq) {
+  if (p.slots.data == nullptr) return seq;
+  int64_t const slot = load_index(p.slots.data, seq * p.slots.stride_row, p.slots.is_int64);
+  return slot >= p.min_slot && slot < p.num_slots ? slot : -1;
+}
+// Tokens that are to be computed: a padding sequence has none.
+__device__ __forceinline__ int64_t live_length(Sequences const& sequences, StateParams const& p, int seq) {
+  return state_slot(p, seq) < 0 ? 0 : sequences.length(seq);
+}
+// Elements from the first state to that of a sequence and head; -1 where it starts from zero or leaves nothing.
+__device__ __forceinline__ int64_t initial_offset(StateParams const& p, int seq, int head) {
+  int64_t const slot = state_slot(p, seq);
+  bool const none = slot < 0 || (p.has_initial != nullptr && !p.has_initial[seq * p.has_initial_stride]);
+  return none ? -1 : slot * p.initial.stride + head * kHeadDim * kHeadDim;
+}
+__device__ __forceinline__ int64_t final_offset(StateParams const& p, int seq, int head) {
+  int64_t const slot = p.final_in_slots ? state_slot(p, seq) : seq;
+  return slot < 0 ? -1 : slot * p.final.stride + head * kHeadDim * kHeadDim;
+}
 
-  // Of a sequence without tokens, an element.
-  __device__ __forceinline__ void keep(int64_t offset) const {
-    if (final == nullptr) return;
-    float const x = initial == nullptr ? 0.f
-                    : initial_is_fp32  ? static_cast<float const*>(initial)[offset]
-                                       : static_cast<float>(static_cast<bf16 const*>(initial)[offset]);
-    if (final_is_fp32)
-      static_cast<float*>(final)[offset] = x;
+// Of a sequence without tokens, by `threads` threads: its state, [K, V] or [V, K], goes from where it starts to where it ends.
+__device__ __forceinline__ void keep_state(StateParams const& p, int seq, int head, int thread, int threads) {
+  int64_t const from = initial_offset(p, seq, head), to = final_offset(p, seq, head);
+  if (p.final.data == nullptr || to < 0) return;
+  for (int i = thread; i < kHeadDim * kHeadDim; i += threads) {
+    float const x = p.initial.data == nullptr || from < 0 ? 0.f
+                    : p.initial.dtype == Dtype::kFp32
+                        ? static_cast<float const*>(p.initial.data)[from + i]
+                        : static_cast<float>(static_cast<bf16 const*>(p.initial.data)[from + i]);
+    if (p.final.dtype == Dtype::kFp32)
+      static_cast<float*>(p.final.data)[to + i] = x;
     else
-      static_cast<bf16*>(final)[offset] = static_cast<bf16>(x);
+      static_cast<bf16*>(p.final.data)[to + i] = static_cast<bf16>(x);
   }
-};
+}
+
 struct OutputParams {
   bf16* data;
   int64_t stride_batch, stride_token, stride_head;
+
+  // By `threads` threads: the outputs of a padding sequence.
+  __device__ __forceinline__ void store_zeros(Sequences const& sequences, int seq, int head, int thread,
+                                              int threads) const {
+    constexpr int kUnits = kHeadDim / 8;  // of 16 bytes a token
+    bf16* const rows =
+        data + stride_batch * sequences.batch(seq) + stride_token * sequences.first_token(seq) + stride_head * head;
+    int64_t const length = sequences.length(seq);
+#pragma unroll 1
+    for (int64_t token = thread / kUnits; token < length; token += threads / kUnits)
+      *reinterpret_cast<uint4*>(rows + stride_token * token + 8 * (thread % kUnits)) = make_uint4(0, 0, 0, 0);
+  }
 };
 
 // What a thread knows of where its part of the state and of a [token, value channel] panel lies.
@@ -77,21 +117,25 @@ struct StateLanes {
   }
 
   __device__ __forceinline__ void load_initial(float (&s)[64], StateParams const& p, int64_t offset) const {
-    if (p.initial == nullptr) {
+    if (p.initial.data == nullptr || offset < 0) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) s[i] = 0.f;
-    } else if (p.initial_is_fp32) {
-      load_state(s, static_cast<float const*>(p.initial) + offset, p.v_first, value, lane);
+    } else if (p.initial.dtype == Dtype::kFp32) {
+      load_state(s, static_cast<float const*>(p.initial.data) + offset, p.v_first, value, lane);
     } else {
-      load_state(s, static_cast<bf16 const*>(p.initial) + offset, p.v_first, value, lane);
+      load_state(s, static_cast<bf16 const*>(p.initial.data) + offset, p.v_first, value, lane);
     }
   }
   __device__ __forceinline__ void store_final(float const (&s)[64], StateParams const& p, int64_t offset) const {
-    if (p.final == nullptr) return;
-    if (p.final_is_fp32)
-      store_state(s, static_cast<float*>(p.final) + offset, p.v_first, value, lane);
+    store(s, p.final, p.v_first, offset);
+  }
+  __device__ __forceinline__ void store(float const (&s)[64], StateView const& view, bool v_first,
+                                        int64_t offset) const {
+    if (view.data == nullptr || offset < 0) return;
+    if (view.dtype == Dtype::kFp32)
+      store_state(s, static_cast<float*>(view.data) + offset, v_first, value, lane);
     else
-      store_state(s, static_cast<bf16*>(p.final) + offset, p.v_first, value, lane);
+      store_state(s, static_cast<bf16*>(view.data) + offset, v_first, value, lane);
   }
 
   __device__ __forceinline__ void decay(float (&s)[64], float const* factors) const {

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from . import dispatch, prefill
-from .contract import check_call, check_outputs
+from .contract import check_call, check_outputs, check_prefill_states
 
 
 def chunk_kda(
@@ -180,11 +180,21 @@ def fwd(
     use_gate_in_kernel: bool = True,
     use_qk_l2norm_in_kernel: bool = True,
     use_beta_sigmoid_in_kernel: bool = True,
+    state_v_first: bool = True,
+    ssm_state_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
+    min_state_index: int = 0,
+    checkpoint_state: torch.Tensor | None = None,
+    checkpoint_offsets: torch.Tensor | None = None,
+    checkpoint_indices: torch.Tensor | None = None,
+    checkpoint_indptr: torch.Tensor | None = None,
 ) -> None:
     """KDA prefill into the caller's tensors, with the interface of FlashKDA: FLA and SGLang call this name.
 
     As :func:`chunk_kda` with V-first states; ``lower_bound=None`` selects the softplus gate, which FlashKDA does not have.
-    :func:`flash_kda.vllm.fwd` has the argument order of vLLM's fork.
+    :func:`flash_kda.vllm.fwd` has the argument order of vLLM's fork. The arguments behind ``use_beta_sigmoid_in_kernel``
+    are what else serving engines ask for: state pools, and the states inside a sequence that prefix caches keep. Nothing is
+    gathered, scattered or brought to the host for them.
 
     Args:
         q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]``; g: raw gate ``[B, T, HV, K]``; beta: logits ``[B, T, HV]``.
@@ -202,6 +212,26 @@ def fwd(
             are not read. Default True.
         use_qk_l2norm_in_kernel: False takes q and k as they are. Default True.
         use_beta_sigmoid_in_kernel: False takes ``beta`` as the step itself. Default True.
+        state_v_first: False for states ``[K, V]``. Default True.
+        ssm_state_indices: ``[N]`` int32 or int64, any stride; makes ``initial_state`` and ``final_state`` pools of any
+            number of slots, ``[slots, HV, V, K]``, dense but for the stride of the slots, usually one and the same
+            tensor. Sequence n starts and ends in slot ``ssm_state_indices[n]``. An index below ``min_state_index`` or
+            beyond a pool makes the sequence padding: its outputs are zero, and no slot is read or written for it. The
+            slots of all other sequences must differ. Default: sequence n has state n.
+        has_initial_state: ``[N]`` bool, any stride: where False the sequence starts from zero, whatever its state holds.
+            Default: all True.
+        min_state_index: 0 (the default) where negative indices are padding, as in SGLang; 1 where slot 0 is too, as in
+            vLLM.
+        checkpoint_state: ``[slots, HV, V, K]`` float32 or bfloat16, dense but for the stride of the slots: receives
+            states inside sequences; may be the pool, in slots that no sequence here has. Default None.
+        checkpoint_offsets: ``[N]`` or ``[N, C]`` int32 or int64, any strides: the state of sequence n after so many
+            of its tokens is wanted, a multiple of 64 up to its length. 0, negative and too large ones ask for nothing; so
+            do other numbers, which ``FLASH_KDA_VALIDATE=1`` makes an error. With ``checkpoint_indptr`` ``[M]``.
+        checkpoint_indices: shaped as ``checkpoint_offsets``, int32 or int64: the slot of each; one below
+            ``min_state_index`` or beyond the slots asks for nothing. The others must differ. Default: entry i, counted
+            through rows, goes to slot i.
+        checkpoint_indptr: ``[N + 1]`` int32 or int64: sequence n has the entries ``checkpoint_indptr[n]`` up to,
+            without, ``checkpoint_indptr[n + 1]``, as many as it likes. Default None.
 
     Raises:
         ValueError, TypeError: as :func:`chunk_kda`, before anything is written.
@@ -224,8 +254,20 @@ def fwd(
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         allow_neg_eigval=False,
-        state_v_first=True,
+        state_v_first=state_v_first,
+        pool=ssm_state_indices is not None,
+    )
+    states = check_prefill_states(
+        call,
+        final_state,
+        ssm_state_indices,
+        has_initial_state,
+        min_state_index,
+        checkpoint_state,
+        checkpoint_offsets,
+        checkpoint_indices,
+        checkpoint_indptr,
     )
     size = 0 if workspace is None else get_workspace_size(q.shape[0] * q.shape[1], v.shape[2], call.num_sequences)
-    check_outputs(call, out, final_state, workspace, size)
-    dispatch.execute_into(call, out, final_state, workspace)
+    check_outputs(call, out, final_state, workspace, size, pool=ssm_state_indices is not None)
+    dispatch.execute_into(call, out, final_state, workspace, states)

@@ -69,6 +69,20 @@ class States(NamedTuple):
         return self.ssm_state_indices is not None and self.ssm_state_indices.dim() == 2
 
 
+class PrefillStates(NamedTuple):
+    """Where the states of a prefill lie, beside its :class:`Call`, whose ``initial_state`` is the pool where there are
+    indices. The order of the fields is that of the ops' arguments."""
+
+    ssm_state_indices: torch.Tensor | None  # [N]
+    has_initial_state: torch.Tensor | None = None  # [N] bool
+    final_state_in_slots: bool = False  # else [N, HV, K, V]
+    min_state_index: int = 0
+    checkpoint_state: torch.Tensor | None = None  # [slots, HV, K, V], or V-first
+    checkpoint_offsets: torch.Tensor | None = None  # [N], [N, C], or [M] with checkpoint_indptr
+    checkpoint_indices: torch.Tensor | None = None  # likewise
+    checkpoint_indptr: torch.Tensor | None = None  # [N + 1]
+
+
 def check_call(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -219,11 +233,71 @@ def check_states(
         if token_states.shape[:2] != call.q.shape[:2]:
             expected = f"shape [B, T, ...] = {[*call.q.shape[:2]]} + ..."
             raise _broken("token_states", expected, f"shape {_shape(token_states)}")
-    if isinstance(min_state_index, bool) or not isinstance(min_state_index, int):
-        raise _broken("min_state_index", "an int", type(min_state_index).__name__, TypeError)
-    if min_state_index < 0:
-        raise _broken("min_state_index", "0 or more: a negative index is padding always", min_state_index)
+    _min_state_index(min_state_index)
     return States(ssm_state_indices, num_accepted_tokens, token_states, bool(inplace_final_state), min_state_index)
+
+
+def check_prefill_states(
+    call: Call,
+    final_state: torch.Tensor | None,
+    ssm_state_indices: torch.Tensor | None,
+    has_initial_state: torch.Tensor | None,
+    min_state_index: int,
+    checkpoint_state: torch.Tensor | None,
+    checkpoint_offsets: torch.Tensor | None,
+    checkpoint_indices: torch.Tensor | None,
+    checkpoint_indptr: torch.Tensor | None,
+) -> PrefillStates | None:
+    """Checks the pool and checkpoint arguments of :func:`flash_kda.fwd`; None where there are none."""
+    N = call.num_sequences
+    _min_state_index(min_state_index)
+    if ssm_state_indices is not None:
+        if call.initial_state is None and final_state is None:
+            raise _broken("initial_state", "the pool that ssm_state_indices speaks of, here or in final_state", None)
+        _tensor("ssm_state_indices", ssm_state_indices, INTEGERS, call.q)
+        _has_shape("ssm_state_indices", ssm_state_indices, (N,), "[N]")
+    if has_initial_state is not None:
+        if call.initial_state is None:
+            raise _broken("initial_state", "the states that has_initial_state speaks of", None)
+        _tensor("has_initial_state", has_initial_state, (torch.bool,), call.q)
+        _has_shape("has_initial_state", has_initial_state, (N,), "[N]")
+    if checkpoint_state is None:
+        for name, x in (
+            ("checkpoint_offsets", checkpoint_offsets),
+            ("checkpoint_indices", checkpoint_indices),
+            ("checkpoint_indptr", checkpoint_indptr),
+        ):
+            if x is not None:
+                raise _broken("checkpoint_state", f"the states that {name} speaks of", None)
+    else:
+        _pool("checkpoint_state", checkpoint_state, 1, call)
+        if checkpoint_offsets is None:
+            raise _broken("checkpoint_offsets", "the positions of the states in checkpoint_state", None)
+        _tensor("checkpoint_offsets", checkpoint_offsets, INTEGERS, call.q)
+        shape = tuple(checkpoint_offsets.shape)
+        if checkpoint_indptr is None:
+            if len(shape) not in (1, 2) or shape[0] != N:
+                raise _broken("checkpoint_offsets", f"shape [N] or [N, C], N = {N} sequences", f"shape {[*shape]}")
+        else:
+            _tensor("checkpoint_indptr", checkpoint_indptr, INTEGERS, call.q)
+            _has_shape("checkpoint_indptr", checkpoint_indptr, (N + 1,), "[N + 1]")
+            if len(shape) != 1:
+                raise _broken("checkpoint_offsets", "shape [M] with checkpoint_indptr", f"shape {[*shape]}")
+        if checkpoint_indices is not None:
+            _tensor("checkpoint_indices", checkpoint_indices, INTEGERS, call.q)
+            _has_shape("checkpoint_indices", checkpoint_indices, shape, "that of checkpoint_offsets")
+    if ssm_state_indices is None and has_initial_state is None and checkpoint_state is None:
+        return None
+    return PrefillStates(
+        ssm_state_indices,
+        has_initial_state,
+        final_state is not None and ssm_state_indices is not None,
+        min_state_index,
+        checkpoint_state,
+        checkpoint_offsets,
+        checkpoint_indices,
+        checkpoint_indptr,
+    )
 
 
 def check_outputs(
@@ -232,12 +306,16 @@ def check_outputs(
     final_state: torch.Tensor | None,
     workspace: torch.Tensor | None = None,
     size: int = 0,
+    pool: bool = False,
 ) -> None:
-    """Checks the tensors that a caller hands over to be written; ``size`` is what the workspace must hold, in bytes."""
+    """Checks the tensors that a caller hands over to be written; ``size`` is what the workspace must hold, in bytes. With
+    ``pool`` the final state is a pool of any number of slots."""
     _tensor("out", out, (call.q.dtype,), call.q)
     _has_shape("out", out, tuple(call.v.shape), "that of v, [B, T, HV, V]")
     _dense_rows("out", out)
-    if final_state is not None:
+    if final_state is not None and pool:
+        _pool("final_state", final_state, 1, call)
+    elif final_state is not None:
         _state("final_state", final_state, call)
         if not final_state.is_contiguous():
             raise _broken("final_state", "a contiguous tensor", f"strides {list(final_state.stride())}")
@@ -247,8 +325,13 @@ def check_outputs(
             raise _broken("workspace", f"shape [{size}] or longer, contiguous", f"shape {_shape(workspace)}")
 
 
-def check_contents(call: Call) -> None:
-    """Checks the contents of ``cu_seqlens``, which costs a synchronisation: only under ``FLASH_KDA_VALIDATE=1``."""
+def check_contents(call: Call, states: PrefillStates | None = None) -> None:
+    """Checks the contents of ``cu_seqlens`` and ``checkpoint_offsets``, which costs a synchronisation: only under
+    ``FLASH_KDA_VALIDATE=1``."""
+    if states is not None and states.checkpoint_offsets is not None:
+        for offset in states.checkpoint_offsets.flatten().tolist():
+            if offset > 0 and offset % 64:
+                raise _broken("checkpoint_offsets", "multiples of 64 tokens, or 0 or less for none", offset)
     if call.cu_seqlens is None:
         return
     bounds = call.cu_seqlens.tolist()
@@ -260,6 +343,13 @@ def check_contents(call: Call) -> None:
             raise _broken("cu_seqlens", "nondecreasing elements", f"{start} before {end} at sequence {n}")
     if bounds[-1] > T:
         raise _broken("cu_seqlens", f"no element past T = {T}", bounds[-1])
+
+
+def _min_state_index(x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise _broken("min_state_index", "an int", type(x).__name__, TypeError)
+    if x < 0:
+        raise _broken("min_state_index", "0 or more: a negative index is padding always", x)
 
 
 def _broken(name: str, expected: str, got: Any, error: type[Exception] = ValueError) -> Exception:

@@ -10,7 +10,7 @@
 Environment, read at each call:
 
 - ``FLASH_KDA_STRICT=1``: an error instead of the PyTorch path where the tensors are on a CUDA device.
-- ``FLASH_KDA_VALIDATE=1``: checks the contents of ``cu_seqlens`` (synchronises).
+- ``FLASH_KDA_VALIDATE=1``: checks the contents of ``cu_seqlens`` and ``checkpoint_offsets`` (synchronises).
 - ``FLASH_KDA_BATCH_INVARIANT=1``: as ``batch_invariant=True`` of every call; ``fused_recurrent_kda`` then takes the decode
   kernel whatever the lengths.
 
@@ -31,8 +31,8 @@ import torch
 
 from . import decode, prefill
 from ._ops import add_op_namespace_prefix
-from .contract import Call, States, check_contents
-from .reference import chunked_backward, chunked_forward, pooled_forward
+from .contract import Call, PrefillStates, States, check_contents
+from .reference import chunked_backward, chunked_forward, pooled_forward, pooled_prefill
 
 logger = logging.getLogger("flash_kda")
 
@@ -66,9 +66,9 @@ def select(call: Call, needs_grad: bool) -> tuple[str, str]:
 
 
 def select_pooled(call: Call, states: States) -> tuple[str, str]:
-    """``(path, reason)`` for a call with serving arguments, which only the decode kernel has."""
+    """``(path, reason)`` for a recurrent call with serving arguments; states by token only the decode kernel has."""
     path, reason = select(call, needs_grad=False)
-    if path == PYTORCH:
+    if path == PYTORCH or (path == CUDA_PREFILL and not states.by_token and states.token_states is None):
         return path, reason
     for name, x, lead in (("initial_state", call.initial_state, 1), ("token_states", states.token_states, 2)):
         if x is not None and not decode.serves(x, lead):
@@ -82,25 +82,35 @@ def run(
     final_state: torch.Tensor | None,
     needs_grad: bool = False,
     workspace: torch.Tensor | None = None,
+    states: PrefillStates | None = None,
 ) -> None:
-    """Writes ``out`` and ``final_state`` (if not None) by the path that :func:`select` names."""
+    """Writes ``out``, ``final_state`` (if not None) and what ``states`` asks for by the path that :func:`select` names."""
     if os.environ.get("FLASH_KDA_VALIDATE") == "1":
-        check_contents(call)
+        check_contents(call, states)
     if os.environ.get("FLASH_KDA_BATCH_INVARIANT") == "1":
         call = call._replace(batch_invariant=True)
     path = _announce(call, *select(call, needs_grad))
     if path == CUDA_PREFILL:
-        prefill.run(call, out, final_state, workspace)
+        prefill.run(call, out, final_state, workspace, states)
+    elif states is not None:
+        pooled_prefill(call, states, out, final_state)
     else:
         (decode.run if path == CUDA_DECODE else chunked_forward)(call, out, final_state)
 
 
 def run_pooled(call: Call, states: States, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
-    """The same with serving arguments."""
+    """A recurrent call with serving arguments."""
     if os.environ.get("FLASH_KDA_VALIDATE") == "1":
         check_contents(call)
-    if _announce(call, *select_pooled(call, states)) == CUDA_DECODE:
+    if os.environ.get("FLASH_KDA_BATCH_INVARIANT") == "1":
+        call = call._replace(batch_invariant=True)
+    path = _announce(call, *select_pooled(call, states))
+    if path == CUDA_DECODE:
         decode.run(call, out, final_state, states)
+    elif path == CUDA_PREFILL:
+        inplace = states.inplace_final_state
+        slots = PrefillStates(states.ssm_state_indices, None, inplace, states.min_state_index)
+        prefill.run(call, out, call.initial_state if inplace else final_state, states=slots)
     else:
         pooled_forward(call, states, out, final_state)
 
@@ -122,14 +132,18 @@ def execute(call: Call, output_final_state: bool) -> tuple[torch.Tensor, torch.T
 
 
 def execute_into(
-    call: Call, out: torch.Tensor, final_state: torch.Tensor | None, workspace: torch.Tensor | None = None
+    call: Call,
+    out: torch.Tensor,
+    final_state: torch.Tensor | None,
+    workspace: torch.Tensor | None = None,
+    states: PrefillStates | None = None,
 ) -> None:
     """Runs a call into the caller's tensors. Not differentiable."""
     with torch.no_grad():
         if torch.compiler.is_compiling():
-            _kda_into_op(*call, out, final_state, workspace)
+            _kda_into_op(*call, out, final_state, workspace, *(states or ()))
         else:
-            run(call, out, final_state, workspace=workspace)
+            run(call, out, final_state, workspace=workspace, states=states)
 
 
 def execute_pooled(call: Call, states: States, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
@@ -206,12 +220,16 @@ def _(*args):
 
 @torch.library.custom_op(
     add_op_namespace_prefix("kda_into"),
-    mutates_args=("out", "final_state", "workspace"),
-    schema=f"({_CALL_SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!)? workspace) -> ()",
+    mutates_args=("out", "final_state", "workspace", "checkpoint_state"),
+    schema=f"({_CALL_SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!)? workspace, "
+    "Tensor? ssm_state_indices=None, Tensor? has_initial_state=None, bool final_state_in_slots=False, "
+    "int min_state_index=0, Tensor(d!)? checkpoint_state=None, Tensor? checkpoint_offsets=None, "
+    "Tensor? checkpoint_indices=None, Tensor? checkpoint_indptr=None) -> ()",
 )
 def _kda_into_op(*args) -> None:
-    out, final_state, workspace = args[_FIELDS:]
-    run(Call(*args[:_FIELDS]), out, final_state, workspace=workspace)
+    out, final_state, workspace = args[_FIELDS : _FIELDS + 3]
+    states = PrefillStates(*args[_FIELDS + 3 :]) if len(args) > _FIELDS + 3 else None
+    run(Call(*args[:_FIELDS]), out, final_state, workspace=workspace, states=states)
 
 
 @_kda_into_op.register_fake

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ._ops import add_op_namespace_prefix, ops
-from .contract import STATE_FLOATS, Call
+from .contract import STATE_FLOATS, Call, PrefillStates
 
 HEAD_DIM = 128
 CHUNK = 64
@@ -38,23 +38,32 @@ def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int
     return min(slots, max(1, (WORKSPACE_LIMIT - fixed) // slot_bytes)) * slot_bytes + fixed
 
 
-def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None, workspace: torch.Tensor | None = None) -> None:
-    """Writes ``out`` and ``final_state`` (if not None), which may be ``call.initial_state``, without synchronising.
+def run(
+    call: Call,
+    out: torch.Tensor,
+    final_state: torch.Tensor | None,
+    workspace: torch.Tensor | None = None,
+    states: PrefillStates | None = None,
+) -> None:
+    """Writes ``out``, ``final_state`` (if not None), which may be ``call.initial_state``, and what ``states`` asks for,
+    without synchronising.
 
     ``workspace`` is the caller's (``flash_kda.get_workspace_size``), or None to allocate one. q, k, v, g or ``out`` are copied only where their address or a stride is not a multiple of 16 bytes.
     """
     B, T, H, K = call.q.shape
     HV = call.v.shape[2]
-    if call.q.numel() == 0 or call.num_sequences == 0:  # nothing to launch: the state passes through
-        if final_state is not None:
-            final_state.zero_() if call.initial_state is None else final_state.copy_(call.initial_state)
+    if call.num_sequences == 0:
         return
     q, k, v, g = (x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in call[:4])
     target = out if _aligned(out) else out.clone(memory_format=torch.contiguous_format)
     beta = call.beta if call.beta.dtype in STATE_FLOATS else call.beta.float()
     A_log = None if call.A_log is None else call.A_log.reshape(HV).float().contiguous()
     dt_bias = None if call.dt_bias is None else call.dt_bias.reshape(HV, K).float().contiguous()
-    initial_state = None if call.initial_state is None else call.initial_state.contiguous()
+    initial_state = call.initial_state
+    if initial_state is not None and (states is None or states.ssm_state_indices is None):
+        initial_state = initial_state.contiguous()
+    if states is not None and states.checkpoint_indptr is not None:
+        states = states._replace(checkpoint_indptr=states.checkpoint_indptr.contiguous())
     cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
     size = workspace_size(B, T, call.num_sequences, HV, cu_seqlens is not None)
     if workspace is None:
@@ -81,6 +90,7 @@ def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None, workspa
         call.use_beta_sigmoid_in_kernel,
         call.allow_neg_eigval,
         call.state_v_first,
+        *(states or ()),
     )
     if target is not out:
         out.copy_(target)

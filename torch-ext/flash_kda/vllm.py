@@ -38,20 +38,15 @@ def fwd(
     """:func:`flash_kda.fwd` in the argument order of vLLM's fork of FlashKDA, which has the workspace after ``out``.
 
     Args:
-        checkpoint_state, checkpoint_offsets, checkpoint_indptr: states inside a sequence; not supported, must be None.
-        All others: as :func:`flash_kda.fwd`.
+        checkpoint_state: ``[N, HV, V, K]``; ``[N, C, HV, V, K]`` beside ``checkpoint_offsets`` ``[N, C]``; ``[M, HV, V,
+            K]`` with ``checkpoint_indptr``: one state an entry.
+        All others: as :func:`flash_kda.fwd`. The fork's offsets are multiples of 16; here only those of 64 are kept.
 
     Raises:
-        NotImplementedError: a checkpoint argument.
         ValueError, TypeError: as :func:`flash_kda.fwd`.
     """
-    for name, x in (
-        ("checkpoint_state", checkpoint_state),
-        ("checkpoint_offsets", checkpoint_offsets),
-        ("checkpoint_indptr", checkpoint_indptr),
-    ):
-        if x is not None:
-            raise NotImplementedError(f"{name}: states inside a sequence are not supported, expected None")
+    if checkpoint_state is not None and checkpoint_state.dim() == 5:
+        checkpoint_state = checkpoint_state.view(-1, *checkpoint_state.shape[2:])
     chunk.fwd(
         q,
         k,
@@ -67,6 +62,9 @@ def fwd(
         final_state,
         cu_seqlens,
         workspace=workspace,
+        checkpoint_state=checkpoint_state,
+        checkpoint_offsets=checkpoint_offsets,
+        checkpoint_indptr=checkpoint_indptr,
     )
 
 

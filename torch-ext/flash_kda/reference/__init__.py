@@ -3,7 +3,7 @@ judges every path."""
 
 from .chunked import chunked_backward, chunked_forward
 from .layer import conv_state, gated_rms_norm, short_conv
-from .pooled import pooled_forward
+from .pooled import pooled_forward, pooled_prefill
 from .recurrence import recurrent_kda
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "conv_state",
     "gated_rms_norm",
     "pooled_forward",
+    "pooled_prefill",
     "recurrent_kda",
     "short_conv",
 ]

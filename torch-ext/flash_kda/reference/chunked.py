@@ -13,7 +13,7 @@ state a piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,10 @@ class _Group:
     starts: list[int] | None  # first token of each in a packed batch
     size: int
     length: int
+
+    @property
+    def numbers(self) -> Collection[int]:
+        return range(self.members.start, self.members.stop) if isinstance(self.members, slice) else self.members
 
     def read(self, x: torch.Tensor, a: int, b: int) -> torch.Tensor:
         """Tokens [a, b) of every member: ``[n, b - a, ...]``. A view where one slice covers them."""
@@ -78,22 +82,27 @@ def sequence_spans(call) -> list[tuple[int, int]]:
     return spans
 
 
-def _pieces(length: int, tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(first, last + 1, chunk size) of each piece of a sequence: whole chunks, then the rest in one smaller chunk."""
+def _pieces(length: int, tokens: int, stops: Collection[int]) -> Iterator[tuple[int, int, int]]:
+    """(first, last + 1, chunk size) of each piece of a sequence: whole chunks, then the rest in one smaller chunk. A piece
+    ends at each of ``stops``, multiples of CHUNK."""
     whole = length // CHUNK * CHUNK
-    for a in range(0, whole, tokens):
-        yield a, min(a + tokens, whole), CHUNK
+    start = 0
+    for stop in sorted({whole, *stops}):
+        for a in range(start, stop, tokens):
+            yield a, min(a + tokens, stop), CHUNK
+        start = stop
     if whole < length:
         yield whole, length, 1 << (length - whole - 1).bit_length()
 
 
-def _plan(call) -> Iterator[tuple[_Group, list[tuple[int, int, int]]]]:
+def _plan(call, stops: Mapping[int, Collection[int]] = {}) -> Iterator[tuple[_Group, list[tuple[int, int, int]]]]:
     HV, K = call.g.shape[2:]
     chunk_elements = HV * CHUNK * max(K, call.v.shape[-1], 1)
     most = 1 if call.batch_invariant else max(1, PIECE_ELEMENTS // max(chunk_elements, 1))
     for group in _groups(call, most):
         chunks = max(1, PIECE_ELEMENTS // max(group.size * chunk_elements, 1))
-        yield group, list(_pieces(group.length, chunks * CHUNK))
+        here = {stop for n in group.numbers for stop in stops.get(n, ())}
+        yield group, list(_pieces(group.length, chunks * CHUNK, here))
 
 
 def _pair_products(q, k, decay):
@@ -221,7 +230,13 @@ def _read_piece(call, group: _Group, a: int, b: int) -> list[torch.Tensor]:
     return [group.read(x, a, b) for x in (call.q, call.k, call.v, call.g, call.beta)]
 
 
-def chunked_forward(call, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+def chunked_forward(
+    call,
+    out: torch.Tensor,
+    final_state: torch.Tensor | None,
+    stops: Mapping[int, Collection[int]] = {},
+    keep: Callable[[int, int, torch.Tensor], None] | None = None,
+) -> None:
     """Writes the output of every sequence into ``out`` and its last state into ``final_state`` (if not None).
 
     Args:
@@ -229,15 +244,20 @@ def chunked_forward(call, out: torch.Tensor, final_state: torch.Tensor | None) -
         out: ``[B, T, HV, V]``, any floating dtype; rows that no sequence covers are left alone.
         final_state: ``[N, HV, K, V]`` (or V-first, as the call says), any floating dtype; may be
             ``call.initial_state``.
+        stops: for each sequence by its number the offsets, multiples of 64 within it, at which its state is handed out.
+        keep: is called with sequence, offset and state ``[HV, K, V]`` in the compute dtype there, and at other offsets.
 
     Computes in float32, or float64 for float64 inputs. Reads the contents of ``cu_seqlens`` on the host.
     """
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
-        for group, pieces in _plan(call):
+        for group, pieces in _plan(call, stops):
             S = _initial_state(call, group)
             for a, b, C in pieces:
                 o, S = _piece(*_read_piece(call, group, a, b), call.A_log, call.dt_bias, S, call, C)
                 group.write(out, a, b, o)
+                if keep is not None:
+                    for n, state in zip(group.numbers, S):
+                        keep(n, b, state)
             if final_state is not None:
                 final_state[group.members] = (S.mT if call.state_v_first else S).to(final_state.dtype)
 

@@ -1,13 +1,14 @@
-"""A few tokens a sequence on states in a pool, in plain PyTorch: the serving arguments of ``fused_recurrent_kda``.
+"""States in a pool, in plain PyTorch: the serving arguments of ``fused_recurrent_kda`` and of ``fwd``.
 
-One batched step of the recurrence a token, over all sequences that have such a token.
+A few tokens a sequence are one batched step of the recurrence a token, over all sequences that have such a token; a
+prefill is the chunked path on states that are gathered before it and scattered behind it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .chunked import _activate, _compute_dtype, _token, sequence_spans
+from .chunked import CHUNK, _activate, _compute_dtype, _token, chunked_forward, sequence_spans
 
 
 def pooled_forward(call, states, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
@@ -21,9 +22,8 @@ def pooled_forward(call, states, out: torch.Tensor, final_state: torch.Tensor | 
 
     Computes in float32, or float64 for float64 inputs. Reads indices, accept counts and ``cu_seqlens`` on the host.
     """
-    B, T = call.q.shape[:2]
     N, dtype = call.num_sequences, _compute_dtype(call)
-    spans = [(b, 0, T) for b in range(B)] if call.cu_seqlens is None else [(0, *span) for span in sequence_spans(call)]
+    spans = _spans(call)
     slots = _slots(call, states)
     accepted = [1] * N if states.num_accepted_tokens is None else states.num_accepted_tokens.tolist()
     source = [row[min(max(a, 1), len(row)) - 1] for row, a in zip(slots, accepted)]
@@ -67,6 +67,80 @@ def pooled_forward(call, states, out: torch.Tensor, final_state: torch.Tensor | 
             write(call.initial_state, [slot for _, slot in ended], S[[i for i, _ in ended]])
         if final_state is not None:
             write(final_state, live, S)
+
+
+def pooled_prefill(call, states, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
+    """Writes the output of every sequence into ``out``, its last state and its checkpoints to where ``states`` says.
+
+    Args:
+        call: a checked :class:`flash_kda.contract.Call`; ``initial_state`` is the pool where there are indices.
+        states: a checked :class:`flash_kda.contract.PrefillStates`.
+        out: ``[B, T, HV, V]``; rows that no sequence covers are left alone.
+        final_state: the pool for the last states with ``states.final_state_in_slots``, else ``[N, ...]``, or None.
+
+    Computes as :func:`chunked_forward`. Reads indices, masks, offsets and ``cu_seqlens`` on the host.
+    """
+    N, spans = call.num_sequences, _spans(call)
+    slots: list[int | None] = list(range(N))
+    if states.ssm_state_indices is not None:
+        pools = [call.initial_state, final_state if states.final_state_in_slots else None]
+        count = min(x.shape[0] for x in pools if x is not None)
+        slots = [i if states.min_state_index <= i < count else None for i in states.ssm_state_indices.tolist()]
+    live = [n for n in range(N) if slots[n] is not None]
+
+    initial = None
+    if call.initial_state is not None:
+        initial = call.initial_state.new_zeros(call.state_shape)
+        started = [True] * N if states.has_initial_state is None else states.has_initial_state.tolist()
+        from_pool = [n for n in live if started[n]]
+        initial[from_pool] = call.initial_state[[slots[n] for n in from_pool]]
+    final = None if final_state is None else final_state.new_zeros(call.state_shape)
+
+    wanted = _checkpoints(states, {n: spans[n][2] for n in live})
+
+    def keep(n: int, offset: int, S: torch.Tensor) -> None:
+        for slot in wanted.get(n, {}).get(offset, ()):
+            states.checkpoint_state[slot] = (S.mT if call.state_v_first else S).to(states.checkpoint_state.dtype)
+
+    chunked_forward(call._replace(initial_state=initial), out, final, wanted, keep)
+    for n in set(range(N)) - set(live):
+        b, start, length = spans[n]
+        out[b, start : start + length] = 0
+        if final is not None:
+            final[n] = 0
+    if states.final_state_in_slots:
+        final_state[[slots[n] for n in live]] = final[live]
+    elif final is not None:
+        final_state.copy_(final)
+
+
+def _checkpoints(states, lengths: dict[int, int]) -> dict[int, dict[int, list[int]]]:
+    """The slots that want the state of a sequence after so many tokens, for the sequences of these lengths."""
+    if states.checkpoint_state is None:
+        return {}
+    offsets, indices = states.checkpoint_offsets, states.checkpoint_indices
+    if states.checkpoint_indptr is not None:
+        bounds = [min(max(i, 0), offsets.shape[0]) for i in states.checkpoint_indptr.tolist()]
+        rows = {n: range(bounds[n], bounds[n + 1]) for n in lengths}
+    else:
+        columns = offsets.numel() // max(offsets.shape[0], 1)
+        rows = {n: range(n * columns, (n + 1) * columns) for n in lengths}
+    offsets = offsets.flatten().tolist()
+    least = 0 if indices is None else states.min_state_index
+    slots = range(len(offsets)) if indices is None else indices.flatten().tolist()
+    wanted: dict[int, dict[int, list[int]]] = {}
+    for n, entries in rows.items():
+        for i in entries:
+            if 0 < offsets[i] <= lengths[n] and offsets[i] % CHUNK == 0:
+                if least <= slots[i] < states.checkpoint_state.shape[0]:
+                    wanted.setdefault(n, {}).setdefault(offsets[i], []).append(slots[i])
+    return wanted
+
+
+def _spans(call) -> list[tuple[int, int, int]]:
+    """(row, first token, length) of each sequence."""
+    B, T = call.q.shape[:2]
+    return [(b, 0, T) for b in range(B)] if call.cu_seqlens is None else [(0, *span) for span in sequence_spans(call)]
 
 
 def _slots(call, states) -> list[list[int | None]]:
