@@ -149,12 +149,27 @@ __device__ __forceinline__ uint64_t desc_mn_major(void const* panel, uint32_t pa
 }
 
 template <size_t... I>
-__device__ __forceinline__ void wgmma_k_impl(float (&d)[sizeof...(I)], uint32_t const* a, uint64_t desc,
-                                             GmmaScale scale_d, std::index_sequence<I...>) {
-  using Mma =
-      std::conditional_t<sizeof...(I) == 16, cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::K>,
-                         cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::K>>;
-  Mma::fma(a[0], a[1], a[2], a[3], desc, d[I]..., scale_d);
+__device__ __forceinline__ void wgmma_k_impl(float (&d)[32], uint32_t const* a, uint64_t desc, GmmaScale scale_d,
+                                             std::index_sequence<I...>) {
+  cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::K>::fma(a[0], a[1], a[2], a[3], desc, d[I]...,
+                                                                                 scale_d);
+}
+template <size_t... I>
+__device__ __forceinline__ void wgmma_k_impl(float (&d)[16], uint32_t const* a, uint64_t desc, GmmaScale scale_d,
+                                             std::index_sequence<I...>) {
+  if (scale_d == GmmaScale::One) {
+    cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::K>::fma(a[0], a[1], a[2], a[3], desc,
+                                                                                   d[I]..., scale_d);
+  } else {
+    // Not CuTe's atom, whose accumulators go in as well as out: two products whose accumulators start undefined would share
+    // virtual registers, and ptxas (13.0) then takes what is made of one for what is made of the other.
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, 0, 1, 1, 0;"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]), "=f"(d[7]), "=f"(d[8]),
+          "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]), "=f"(d[14]), "=f"(d[15])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc));
+  }
 }
 template <size_t... I>
 __device__ __forceinline__ void wgmma_n128_mn_impl(float (&d)[64], uint32_t const* a, uint64_t desc,

@@ -141,6 +141,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
             walk.chain - seq * value_heads};
     }
     ++walk.chunk;
+    __syncwarp();
     if (lane == 0) {
       smem.walk = walk;
       smem.chains[stage] = walk.chain < chains ? walk.chain : -1;
@@ -245,9 +246,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       // V'^T = W^T T^T, then S^T += V'^T (K e^{G_end - G}) and O^T = S^T (Q e^G)^T + V'^T Aqk^T, not earlier and by halves of the
       // tokens for want of registers. T and Aqk are lower triangular.
       uint32_t v_operand[16];
-      static_for<2>([&](auto half) {
+      static_for<2>([&](auto index) {
+        std::integral_constant<int, 1 - index> constexpr half;  // the second first: it alone wants all of W
         float v_new[16];
-        fence_registers(v_new);
         cute::warpgroup_arrive();
         wgmma_k_major<1, 2 + 2 * half>(v_new, operand, smem.t + half * (kPanelBytes / 2), false);
         cute::warpgroup_commit_batch();
@@ -260,7 +261,6 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         float o[16];
         uint32_t o_packed[8];
         if constexpr (half == 0) fence_registers(s);
-        fence_registers(o);
         cute::warpgroup_arrive();
         if constexpr (half == 0) wgmma_mn_major(s, v_operand, x.k_remaining[0]);
         wgmma_k_major<2>(o, s_operand, x.q_decayed[0] + half * (kPanelBytes / 2), false);

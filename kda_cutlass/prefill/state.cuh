@@ -106,14 +106,14 @@ struct OutputParams {
 
 // What a thread knows of where its part of the state and of a [token, value channel] panel lies.
 struct StateLanes {
-  int lane, value;         // value channel of the lane's first accumulator row
-  uint32_t own_offset[4];  // of the four 8 x 8 x 4 pieces of a warp's 64 tokens x 16 channels in a panel
+  int lane, value;      // value channel of the lane's first accumulator row
+  uint32_t own_offset;  // of the first of the four 8 x 8 x 4 pieces of a warp's 64 tokens x 16 channels in a panel
+  static constexpr int kPieceBytes = 16 * kPanelRowBytes;
 
   __device__ __forceinline__ StateLanes(int first_value, int warp, int lane)
       : lane(lane), value(first_value + 16 * warp + (lane >> 2)) {
-    int const matrix = lane >> 3, unit = 2 * warp + (matrix & 1);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) own_offset[j] = panel_offset(8 * (2 * j + (matrix >> 1)) + (lane & 7), unit);
+    int const matrix = lane >> 3;
+    own_offset = panel_offset(8 * (matrix >> 1) + (lane & 7), 2 * warp + (matrix & 1));
   }
 
   __device__ __forceinline__ void load_initial(float (&s)[64], StateParams const& p, int64_t offset) const {
@@ -157,7 +157,7 @@ struct StateLanes {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t r[4];
-      ldmatrix_x4_trans(r, v_panel + own_offset[j]);
+      ldmatrix_x4_trans(r, v_panel + own_offset + j * kPieceBytes);
       float4 const beta = *reinterpret_cast<float4 const*>(&factors.beta[16 * j + 4 * (lane & 3)]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -173,7 +173,8 @@ struct StateLanes {
   __device__ __forceinline__ void store_output(char* panel, uint32_t const (&o)[kCount]) const {
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j)
-      stmatrix_x4_trans(panel + own_offset[kFirst + j], o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
+      stmatrix_x4_trans(panel + own_offset + (kFirst + j) * kPieceBytes, o[4 * j], o[4 * j + 1], o[4 * j + 2],
+                        o[4 * j + 3]);
   }
 };
 
