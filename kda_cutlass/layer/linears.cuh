@@ -10,9 +10,19 @@
 
 namespace kda {
 
-constexpr int kVectorWarps = 4;  // of a block for one row, an output each
-constexpr int kVectorLoads =
-    9;  // of a lane, in flight together: a warp reads the 48B model's hidden size, 2304, at once
+constexpr int kVectorWarps = 4;  // of a block for one row
+
+// How a warp of the kernel for one row shares out its loads, all of which are in flight together: kLanes lanes to an
+// output, kLoads vectors of each lane, kOutputs outputs one after the other.
+template <int kLanes_, int kOutputs_, int kLoads_>
+struct VectorShape {
+  static constexpr int kLanes = kLanes_, kOutputs = kOutputs_, kLoads = kLoads_;
+  static constexpr int kDepth = kLanes * kLoads * kVectorChannels;                          // read at a time
+  static constexpr int kBlockOutputs = kVectorWarps * (32 / kLanes) * kOutputs;
+};
+using ShallowVector = VectorShape<16, 8, 1>;  // a depth of 128: the second projections of the gates
+using WideVector = VectorShape<32, 1, 9>;     // 2304: the 48B model's hidden size
+using DeepVector = VectorShape<32, 1, 16>;    // 4096: its heads
 
 constexpr int kLinearWarps = 8;
 constexpr int kLinearOutputs = 16;  // of a block
@@ -28,6 +38,19 @@ __device__ __forceinline__ uint4 load_weights(bf16 const* address) {
   return v;
 }
 
+constexpr int kAheadBytes = 16384;  // of a block
+
+// What a block behind the last job does: asks the L2 for a piece of memory.
+__device__ __forceinline__ void fetch_ahead(LinearsParams const& p) {
+  int i = 0;
+  while (i + 1 < p.ahead_count && static_cast<int>(blockIdx.x) >= p.ahead[i + 1].first_block) ++i;
+  int64_t const first = int64_t(blockIdx.x - p.ahead[i].first_block) * kAheadBytes;
+  if (threadIdx.x == 0) {
+    uint32_t const bytes = static_cast<uint32_t>(min(p.ahead[i].bytes - first, int64_t(kAheadBytes)));
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(static_cast<char const*>(p.ahead[i].data) + first), "r"(bytes));
+  }
+}
+
 // The job of a block.
 __device__ __forceinline__ LinearJob const& job_of(LinearsParams const& p) {
   int job = 0;
@@ -35,38 +58,54 @@ __device__ __forceinline__ LinearJob const& job_of(LinearsParams const& p) {
   return p.jobs[job];
 }
 
+template <class Shape>
 __global__ void __launch_bounds__(32 * kVectorWarps) linear_vector_kernel(LinearsParams const p) {
+  constexpr int kLanes = Shape::kLanes, kOutputs = Shape::kOutputs, kLoads = Shape::kLoads;
   let_next_kernel_start();
-  int const lane = threadIdx.x % 32, vectors = p.depth / kVectorChannels;
+  if (static_cast<int>(blockIdx.x) >= p.ahead_block) return fetch_ahead(p);
+  int const lane = threadIdx.x % kLanes, vectors = p.depth / kVectorChannels;
   LinearJob const& mine = job_of(p);
-  int const output = (blockIdx.x - mine.first_block) * kVectorWarps + threadIdx.x / 32;
-  bool const inside = output < mine.outputs;
+  int const output = (blockIdx.x - mine.first_block) * Shape::kBlockOutputs + threadIdx.x / kLanes * kOutputs;
   bf16 const* const weight = static_cast<bf16 const*>(mine.weight) + int64_t(output) * p.depth;
   bf16 const* const x = static_cast<bf16 const*>(mine.x);
 
-  float sum = 0.f;
-  for (int first = 0; first < vectors; first += 32 * kVectorLoads) {
-    uint4 packed[kVectorLoads];
+  float sum[kOutputs] = {};
+  for (int first = 0; first < vectors; first += kLanes * kLoads) {
+    uint4 packed[kOutputs][kLoads];
 #pragma unroll
-    for (int i = 0; i < kVectorLoads; ++i) {
-      int const v = first + i * 32 + lane;
-      packed[i] = inside && v < vectors ? load_weights(weight + v * kVectorChannels) : uint4{};
+    for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        int const v = first + i * kLanes + lane;
+        packed[o][i] = output + o < mine.outputs && v < vectors
+                           ? load_weights(weight + o * p.depth + v * kVectorChannels)
+                           : uint4{};
+      }
     }
     if (first == 0) wait_for_previous_kernel();  // which may have written x; the weights were there before it
 #pragma unroll
-    for (int i = 0; i < kVectorLoads; ++i) {
-      int const v = first + i * 32 + lane;
+    for (int i = 0; i < kLoads; ++i) {
+      int const v = first + i * kLanes + lane;
       if (v >= vectors) break;
-      Channels w, input;
-      unpack(packed[i], w);
+      Channels input;
       unpack(load_vector(x + v * kVectorChannels), input);
 #pragma unroll
-      for (int c = 0; c < kVectorChannels; ++c) sum += w[c] * input[c];
+      for (int o = 0; o < kOutputs; ++o) {
+        Channels w;
+        unpack(packed[o][i], w);
+#pragma unroll
+        for (int c = 0; c < kVectorChannels; ++c) sum[o] += w[c] * input[c];
+      }
     }
   }
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-  if (lane == 0 && inside) static_cast<bf16*>(p.out)[mine.first_output + output] = __float2bfloat16_rn(sum);
+  for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) sum[o] += __shfl_xor_sync(0xffffffffu, sum[o], step);
+    if (lane == 0 && output + o < mine.outputs) {
+      static_cast<bf16*>(p.out)[mine.first_output + output + o] = __float2bfloat16_rn(sum[o]);
+    }
+  }
 }
 
 // Accesses of a lane in flight, and blocks on an SM, by the registers that the accumulators leave.
@@ -78,6 +117,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps, linear_blocks(kRowTiles)) l
   constexpr int kLinearLoads = linear_loads(kRowTiles);
   __shared__ float partial[kLinearWarps][4 * kRowTiles][32];
   let_next_kernel_start();
+  if (static_cast<int>(blockIdx.x) >= p.ahead_block) return fetch_ahead(p);
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
   LinearJob const& mine = job_of(p);
   int const first_output = (blockIdx.x - mine.first_block) * kLinearOutputs;
