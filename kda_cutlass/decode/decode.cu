@@ -18,7 +18,7 @@ __device__ __forceinline__ int64_t load_index(void const* data, int64_t offset, 
   return is_int64 ? __ldcg(static_cast<long long const*>(data) + offset) : __ldcg(static_cast<int const*>(data) + offset);
 }
 #ifndef KDA_PREFETCH
-#define KDA_PREFETCH 1
+#define KDA_PREFETCH 0
 #endif
 #ifndef KDA_WAVE
 #define KDA_WAVE 1
@@ -27,7 +27,7 @@ __device__ __forceinline__ int64_t load_index(void const* data, int64_t offset, 
 #define KDA_LOADHINT 0
 #endif
 #ifndef KDA_TRIGGER
-#define KDA_TRIGGER 1
+#define KDA_TRIGGER 0
 #endif
 #ifndef KDA_SLICE_CS
 #define KDA_SLICE_CS 0

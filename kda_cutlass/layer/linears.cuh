@@ -10,7 +10,11 @@
 
 namespace kda {
 
-constexpr int kVectorWarps = 4;  // of a block for one row
+#ifndef KDA_VWARPS
+#define KDA_VWARPS 4
+#define KDA_WIDE_OUT 1
+#endif
+constexpr int kVectorWarps = KDA_VWARPS;  // of a block for one row
 
 // How a warp of the kernel for one row shares out its loads, all of which are in flight together: kLanes lanes to an
 // output, kLoads vectors of each lane, kOutputs outputs one after the other.
@@ -21,7 +25,7 @@ struct VectorShape {
   static constexpr int kBlockOutputs = kVectorWarps * (32 / kLanes) * kOutputs;
 };
 using ShallowVector = VectorShape<16, 8, 1>;  // a depth of 128: the second projections of the gates
-using WideVector = VectorShape<32, 1, 9>;     // 2304: the 48B model's hidden size
+using WideVector = VectorShape<32, KDA_WIDE_OUT, 9>;     // 2304: the 48B model's hidden size
 using DeepVector = VectorShape<32, 1, 16>;    // 4096: its heads
 
 constexpr int kLinearWarps = 8;

@@ -18,20 +18,22 @@ if AVAILABLE:
     _native = ops.layer_step.default
 
 
-def serves(q, conv_weight, conv_bias, activation, conv_state, A_log, dt_bias, state, norm_weight) -> bool:
-    """Whether :func:`step` may run, for q that ``linears.linears`` has made of few rows. Other calls take the functions one
-    by one, which also say what is wrong with the arguments."""
-    N, T, C = q.shape
+def serves(projected, beta, conv_weight, conv_bias, activation, conv_state, A_log, dt_bias, state, norm_weight) -> bool:
+    """Whether :func:`step` may run; ``projected`` are q, k, v, decay and gate. Asked where ``linears.are_few_rows`` has said
+    yes. Other calls take the functions one by one, which also say what is wrong with the arguments."""
+    N, T, C = projected[0].shape
+    bf16, either = (torch.bfloat16,), (torch.bfloat16, torch.float32)
     return (
         AVAILABLE
         and T == 1
-        and q.dtype == torch.bfloat16
         and conv_bias is None
         and activation in ("silu", "swish")
-        and _is(conv_weight, (3 * C, TAPS), (torch.bfloat16, torch.float32))
-        and _is(conv_state, (N, 3 * C, TAPS), (torch.bfloat16,))
+        and all(_is(x, (N, 1, C), bf16) for x in projected)
+        and _is(beta, (N, 1, C // HEAD_DIM), bf16)
+        and _is(conv_weight, (3 * C, TAPS), either)
+        and _is(conv_state, (N, 3 * C, TAPS), bf16)
         and _is(state, (N, C // HEAD_DIM, HEAD_DIM, HEAD_DIM), (torch.float32,))
-        and _is(norm_weight, (HEAD_DIM,), (torch.bfloat16, torch.float32))
+        and _is(norm_weight, (HEAD_DIM,), either)
         and all(x is None or x.dtype == torch.float32 and x.is_contiguous() for x in (A_log, dt_bias))
     )
 
