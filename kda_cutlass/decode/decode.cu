@@ -15,35 +15,8 @@ namespace {
 constexpr int kTokens = kDecodeWarps;  // that are kept in shared memory at a time, one brought by each warp
 
 __device__ __forceinline__ int64_t load_index(void const* data, int64_t offset, bool is_int64) {
-  return is_int64 ? __ldcg(static_cast<long long const*>(data) + offset) : __ldcg(static_cast<int const*>(data) + offset);
+  return is_int64 ? static_cast<long long const*>(data)[offset] : static_cast<int const*>(data)[offset];
 }
-#ifndef KDA_PREFETCH
-#define KDA_PREFETCH 0
-#endif
-#ifndef KDA_WAVE
-#define KDA_WAVE 1
-#endif
-#ifndef KDA_LOADHINT
-#define KDA_LOADHINT 0
-#endif
-#ifndef KDA_TRIGGER
-#define KDA_TRIGGER 0
-#endif
-#ifndef KDA_SLICE_CS
-#define KDA_SLICE_CS 0
-#endif
-#ifndef KDA_HEAD_CS
-#define KDA_HEAD_CS 1
-#endif
-#ifndef KDA_FEW
-#define KDA_FEW 128
-#endif
-#ifndef KDA_CLUSTER
-#define KDA_CLUSTER 2
-#endif
-#ifndef KDA_SLICE_CTAS
-#define KDA_SLICE_CTAS 6
-#endif
 
 // Four neighbouring numbers of bf16 or fp32 as they lie in memory. Loading waits for nothing: converting at once, or one
 // register for two kinds of loads, would make each load wait for the one before.
@@ -171,7 +144,7 @@ __device__ __forceinline__ void store_state(Tile const& tile, StateView const& v
 template <class State, class Tile, int kSlicesHere, int kCtasPerSm>
 __global__ void __launch_bounds__(kDecodeThreads, kCtasPerSm) decode_kernel(const __grid_constant__ DecodeParams p) {
   constexpr int kStages = std::min(kSlicesHere, 2);
-  constexpr bool kStreaming = kSlicesHere > 1 ? KDA_HEAD_CS : KDA_SLICE_CS;
+  constexpr bool kStreaming = kSlicesHere > 1;
   __shared__ uint4 staged[kStages][Tile::kVectors][kDecodeThreads];  // each thread reads what it has itself fetched
   __shared__ __align__(16) Token tokens[kTokens];
   __shared__ __align__(16) typename Tile::Shared sums[2];  // used in turn
@@ -180,21 +153,6 @@ __global__ void __launch_bounds__(kDecodeThreads, kCtasPerSm) decode_kernel(cons
   int const hv = blockIdx.x / (kSlices / kSlicesHere), first_slice = blockIdx.x % (kSlices / kSlicesHere) * kSlicesHere;
   int const n = blockIdx.y + blockIdx.z * gridDim.y;
   Tile tile(warp, lane);
-#if KDA_PREFETCH
-  if (p.initial_state.data != nullptr && n < p.num_seqs && KDA_WAVE) {
-    int64_t const early = initial_slot(p, n);
-    if (early >= 0) {
-      char const* const piece = reinterpret_cast<char const*>(static_cast<State const*>(p.initial_state.data) +
-          early * p.initial_state.stride + int64_t(hv) * kHeadDim * kHeadDim + first_slice * Tile::kSliceStride);
-#pragma unroll
-      for (int i = 0; i < kSlicesHere; ++i) {
-        if (kSlicesHere == kSlices) { if (i * kDecodeThreads + threadIdx.x < kHeadDim * kHeadDim * sizeof(State) / 128) prefetch_l2(piece + (i * kDecodeThreads + threadIdx.x) * 128); }
-        else if (Tile::kSliceStride == kSlice) prefetch_l2(piece + threadIdx.x * kHeadDim * sizeof(State));
-        else if (threadIdx.x * 128 < kSlice * kHeadDim * sizeof(State)) prefetch_l2(piece + threadIdx.x * 128);
-      }
-    }
-  }
-#endif
   wait_for_previous_kernel();
   if (n >= p.num_seqs) return;
 
@@ -222,13 +180,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kCtasPerSm) decode_kernel(cons
   auto fetch = [&](int stage) {  // zeros where there is no state
 #pragma unroll
     for (int i = 0; i < Tile::kVectors; ++i) {
-#if KDA_LOADHINT
-      uint64_t policy; asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-      asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" :: "r"(cute::cast_smem_ptr_to_uint(&staged[stage][i][threadIdx.x])), "l"(state + Tile::vector_offset(i)), "r"(has_state ? 16 : 0), "l"(policy));
-#else
       cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
           *reinterpret_cast<uint4 const*>(state + Tile::vector_offset(i)), staged[stage][i][threadIdx.x], has_state);
-#endif
     }
     state += Tile::kSliceStride;
   };
@@ -238,13 +191,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kCtasPerSm) decode_kernel(cons
     cute::cp_async_fence();
   }
 
-#if KDA_TRIGGER == 1
-  let_next_kernel_start();
-#endif
   if (warp < length) input.write(p, tokens[warp], lane);
-#if KDA_TRIGGER == 0
   let_next_kernel_start();
-#endif
   __syncthreads();
 
   int turn = 0;
@@ -269,11 +217,6 @@ __global__ void __launch_bounds__(kDecodeThreads, kCtasPerSm) decode_kernel(cons
         for (int i = 0; i < Tile::kVectors; ++i) unpack<State>(staged[s % kStages][i][threadIdx.x], tile.state[i]);
         if (s + kStages < kSlicesHere) fetch(s % kStages);
         cute::cp_async_fence();  // empty groups keep the count
-#if KDA_TRIGGER == 2
-        if (s == kSlicesHere - 1) let_next_kernel_start();
-#elif KDA_TRIGGER == 3
-        if (s == std::max(0, kSlicesHere - 2)) let_next_kernel_start();
-#endif
       }
 #pragma unroll 1
       for (int t = begin; t < end; ++t) {
@@ -314,7 +257,7 @@ cudaError_t launch(DecodeParams const& p, cudaStream_t stream) {
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {KDA_CLUSTER, 1, 1};
+  attributes[1].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(kDecodeThreads);
@@ -329,12 +272,12 @@ cudaError_t launch(DecodeParams const& p, cudaStream_t stream) {
 template <class State, class Tile>
 cudaError_t launch(DecodeParams const& p, cudaStream_t stream) {
   constexpr int kWholeHeadCtas = 4;  // of an SM
-  constexpr int kFewHeads = KDA_FEW;
+  constexpr int kFewHeads = 128;
   int64_t const heads = int64_t(p.num_seqs) * p.value_heads;
   bool const resident = heads <= kWholeHeadCtas * sm_count();
   return heads >= kFewHeads && (resident || sizeof(State) == 2)
              ? launch<State, Tile, kSlices, kWholeHeadCtas>(p, stream)
-             : launch<State, Tile, 1, KDA_SLICE_CTAS>(p, stream);
+             : launch<State, Tile, 1, 6>(p, stream);
 }
 
 }  // namespace

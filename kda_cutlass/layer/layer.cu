@@ -90,21 +90,15 @@ cudaError_t launch_linears(LinearsParams p, cudaStream_t stream) {
     return {linear_vector_kernel<decltype(shape)>, decltype(shape)::kBlockOutputs, 32 * kVectorWarps};
   };
   auto matrix = [](void (*kernel)(LinearsParams)) -> Variant { return {kernel, kLinearOutputs, 32 * kLinearWarps}; };
-  Variant const variant = p.rows > 2 * kLinearRowTile           ? matrix(linears_kernel<4>)
-                          : p.rows > kLinearRowTile             ? matrix(linears_kernel<2>)
-                          : p.rows > 1                          ? matrix(linears_kernel<1>)
-                          : p.depth <= ShallowVector::kDepth    ? vector(ShallowVector{})
-                          : p.depth <= WideVector::kDepth       ? vector(WideVector{})
-                                                                : vector(DeepVector{});
+  Variant const variant = p.rows > 2 * kLinearRowTile        ? matrix(linears_kernel<4>)
+                          : p.rows > kLinearRowTile          ? matrix(linears_kernel<2>)
+                          : p.rows > 1                       ? matrix(linears_kernel<1>)
+                          : p.depth <= ShallowVector::kDepth ? vector(ShallowVector{})
+                                                             : vector(WideVector{});
   unsigned blocks = 0;
   for (int job = 0; job < p.count; ++job) {
     p.jobs[job].first_block = static_cast<int>(blocks);
     blocks += static_cast<unsigned>(pieces(p.jobs[job].outputs, variant.outputs));
-  }
-  p.ahead_block = static_cast<int>(blocks);
-  for (int i = 0; i < p.ahead_count; ++i) {
-    p.ahead[i].first_block = static_cast<int>(blocks);
-    blocks += static_cast<unsigned>(pieces(p.ahead[i].bytes, kAheadBytes));
   }
   return launch(variant.kernel, blocks, variant.threads, stream, p);
 }

@@ -10,23 +10,18 @@
 
 namespace kda {
 
-#ifndef KDA_VWARPS
-#define KDA_VWARPS 4
-#define KDA_WIDE_OUT 1
-#endif
-constexpr int kVectorWarps = KDA_VWARPS;  // of a block for one row
+constexpr int kVectorWarps = 4;  // of a block for one row
 
 // How a warp of the kernel for one row shares out its loads, all of which are in flight together: kLanes lanes to an
 // output, kLoads vectors of each lane, kOutputs outputs one after the other.
 template <int kLanes_, int kOutputs_, int kLoads_>
 struct VectorShape {
   static constexpr int kLanes = kLanes_, kOutputs = kOutputs_, kLoads = kLoads_;
-  static constexpr int kDepth = kLanes * kLoads * kVectorChannels;                          // read at a time
+  static constexpr int kDepth = kLanes * kLoads * kVectorChannels;  // read at a time
   static constexpr int kBlockOutputs = kVectorWarps * (32 / kLanes) * kOutputs;
 };
 using ShallowVector = VectorShape<16, 8, 1>;  // a depth of 128: the second projections of the gates
-using WideVector = VectorShape<32, KDA_WIDE_OUT, 9>;     // 2304: the 48B model's hidden size
-using DeepVector = VectorShape<32, 1, 16>;    // 4096: its heads
+using WideVector = VectorShape<32, 1, 9>;     // 2304, the 48B model's hidden size, and more in turns
 
 constexpr int kLinearWarps = 8;
 constexpr int kLinearOutputs = 16;  // of a block
@@ -42,19 +37,6 @@ __device__ __forceinline__ uint4 load_weights(bf16 const* address) {
   return v;
 }
 
-constexpr int kAheadBytes = 16384;  // of a block
-
-// What a block behind the last job does: asks the L2 for a piece of memory.
-__device__ __forceinline__ void fetch_ahead(LinearsParams const& p) {
-  int i = 0;
-  while (i + 1 < p.ahead_count && static_cast<int>(blockIdx.x) >= p.ahead[i + 1].first_block) ++i;
-  int64_t const first = int64_t(blockIdx.x - p.ahead[i].first_block) * kAheadBytes;
-  if (threadIdx.x == 0) {
-    uint32_t const bytes = static_cast<uint32_t>(min(p.ahead[i].bytes - first, int64_t(kAheadBytes)));
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(static_cast<char const*>(p.ahead[i].data) + first), "r"(bytes));
-  }
-}
-
 // The job of a block.
 __device__ __forceinline__ LinearJob const& job_of(LinearsParams const& p) {
   int job = 0;
@@ -66,7 +48,6 @@ template <class Shape>
 __global__ void __launch_bounds__(32 * kVectorWarps) linear_vector_kernel(LinearsParams const p) {
   constexpr int kLanes = Shape::kLanes, kOutputs = Shape::kOutputs, kLoads = Shape::kLoads;
   let_next_kernel_start();
-  if (static_cast<int>(blockIdx.x) >= p.ahead_block) return fetch_ahead(p);
   int const lane = threadIdx.x % kLanes, vectors = p.depth / kVectorChannels;
   LinearJob const& mine = job_of(p);
   int const output = (blockIdx.x - mine.first_block) * Shape::kBlockOutputs + threadIdx.x / kLanes * kOutputs;
@@ -121,7 +102,6 @@ __global__ void __launch_bounds__(32 * kLinearWarps, linear_blocks(kRowTiles)) l
   constexpr int kLinearLoads = linear_loads(kRowTiles);
   __shared__ float partial[kLinearWarps][4 * kRowTiles][32];
   let_next_kernel_start();
-  if (static_cast<int>(blockIdx.x) >= p.ahead_block) return fetch_ahead(p);
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
   LinearJob const& mine = job_of(p);
   int const first_output = (blockIdx.x - mine.first_block) * kLinearOutputs;

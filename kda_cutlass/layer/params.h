@@ -75,20 +75,9 @@ struct LinearJob {
   int first_block = 0;   // filled in by launch_linears
 };
 
-// Memory that a later kernel reads, such as its weights: asked for early, it comes while others wait for each other.
-constexpr int kMaxAhead = 3;
-struct Ahead {
-  const void* data = nullptr;
-  int64_t bytes = 0;
-  int first_block = 0;  // filled in by launch_linears
-};
-
 struct LinearsParams {
   LinearJob jobs[kMaxLinears];
   int count = 0;
-  Ahead ahead[kMaxAhead];  // fetched to the L2
-  int ahead_count = 0;
-  int ahead_block = 0;  // the first that fetches; filled in by launch_linears
   int depth = 0;        // a multiple of 8
   int rows = 0;         // 1 to 32
   void* out = nullptr;  // bf16: [rows, outputs] of a job after that of another

@@ -8,16 +8,9 @@
 #include <cute/arch/copy_sm80.hpp>
 
 #include "kda_cutlass/decode/state_tile.cuh"
-#include "kda_cutlass/device.h"
 #include "kda_cutlass/layer/vector.cuh"
 #include "kda_cutlass/prefill/gate.cuh"
 
-#ifndef KDA_STEPTRIG
-#define KDA_STEPTRIG 1
-#endif
-#ifndef KDA_WHOLE
-#define KDA_WHOLE 1
-#endif
 namespace kda {
 namespace {
 
@@ -170,9 +163,6 @@ __global__ void __launch_bounds__(kDecodeThreads, kSlicesHere == 1 ? 5 : 4)
                                              : __bfloat162float(static_cast<bf16 const*>(p.norm_weight)[channel]);
     }
   }
-#if KDA_STEPTRIG
-  let_next_kernel_start();
-#endif
   wait_for_previous_kernel();
 
   float4 raw = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -199,9 +189,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kSlicesHere == 1 ? 5 : 4)
     fetch(s);
     cute::cp_async_fence();
   }
-#if !KDA_STEPTRIG
   let_next_kernel_start();
-#endif
 
   auto put = [&](float* target, float4 x) { reinterpret_cast<float4*>(target)[lane] = x; };
   if (warp == 0) {
@@ -262,8 +250,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kSlicesHere == 1 ? 5 : 4)
   }
   if (warp == 0) {
     __syncwarp();
-    float const inverse =
-        rsqrtf(((squares[0] + squares[1]) + (squares[2] + squares[3])) / kHeadDim + p.eps);
+    float const inverse = rsqrtf(((squares[0] + squares[1]) + (squares[2] + squares[3])) / kHeadDim + p.eps);
 #pragma unroll
     for (int s = 0; s < kSlicesHere; ++s) {
       int const channel = (first_slice + s) * kSlice + lane;
@@ -291,8 +278,8 @@ cudaError_t launch(StepParams const& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_step(StepParams const& p, cudaStream_t stream) {
-  int const heads = p.heads * p.sequences;  // as launch_decode chooses
-  return heads >= 128 && (KDA_WHOLE || heads <= 4 * sm_count()) ? launch<kSlices>(p, stream) : launch<1>(p, stream);
+  constexpr int kFewHeads = 128;  // which need their slices to reach every SM
+  return p.heads * p.sequences < kFewHeads ? launch<1>(p, stream) : launch<kSlices>(p, stream);
 }
 
 }  // namespace kda

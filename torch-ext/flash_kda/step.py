@@ -59,7 +59,7 @@ def step(
     eps: float,
 ) -> torch.Tensor:
     """``short_conv`` of q, k and v with SiLU, ``fused_recurrent_kda`` with its gate, the sigmoid of beta and normalised q and
-    k, ``gated_rms_norm``: the same roundings, and the same bits but for the order of the norm's sum.
+    k, ``gated_rms_norm``: rounded to bfloat16 where these round, and nowhere else.
 
     Args:
         q, k, v, decay, gate: ``[N, 1, H * 128]`` bfloat16, contiguous: projections; ``decay`` and ``gate`` before theirs.
