@@ -136,7 +136,6 @@ class Arms:
     )
 
     def __init__(self, device: torch.device):
-        os.environ["FLA_FLASH_KDA"] = "0"  # FLA hands calls to an importable flash_kda; the arm is FLA itself
         from transformers.models.kimi_linear import modeling_kimi_linear
 
         self.code, self.ours = modeling_kimi_linear, load_ours(device)
@@ -386,31 +385,38 @@ def all_rows(options):
     from transformers import KimiLinearForCausalLM
 
     order = [arm for arm in ("flash_kda", "none", "fla") if arm in options.arms]
-    compiler = None
-    if "fla" in order:
-        compiler = subprocess.Popen([sys.executable, __file__, "--preset", options.preset, "--compile-fla"])
-    arms, layer = Arms(options.device), make_layer(options)
-    model = None
-    if not options.layer:
-        start = time.perf_counter()
-        model = build(lambda: KimiLinearForCausalLM(config_of(options)), options.device, options.dtype)
-        Clock(options.device, 1).wait()
-        say(f"model built in {time.perf_counter() - start:.0f} s")
-    for arm in order:
-        if arm == "fla":
-            tune_fla(compiler, arms, layer, options)
-        with arms.run(arm, layer):
-            yield from layer_rows(layer, arm, options)
-        if model is not None:
-            with arms.run(arm, model):
-                yield from model_rows(model, arm, options)
+    with fla_compiler(options) if "fla" in order else contextlib.nullcontext() as compiler:
+        arms, layer, model = Arms(options.device), make_layer(options), None
+        if not options.layer:
+            start = time.perf_counter()
+            model = build(lambda: KimiLinearForCausalLM(config_of(options)), options.device, options.dtype)
+            Clock(options.device, 1).wait()
+            say(f"model built in {time.perf_counter() - start:.0f} s")
+        for arm in order:
+            if arm == "fla":
+                compiler.wait()
+                tune_fla(arms, layer, options)
+            with arms.run(arm, layer):
+                yield from layer_rows(layer, arm, options)
+            if model is not None:
+                with arms.run(arm, model):
+                    yield from model_rows(model, arm, options)
 
 
-def tune_fla(compiler: subprocess.Popen, arms: Arms, layer, options) -> None:
+@contextlib.contextmanager
+def fla_compiler(options):
+    """The process that compiles FLA's kernels; it does not outlive the measurement."""
+    process = subprocess.Popen([sys.executable, __file__, "--preset", options.preset, "--compile-fla"])
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def tune_fla(arms: Arms, layer, options) -> None:
     """Let FLA choose its configurations at 8192 tokens: it keeps what it finds at the first length that it meets."""
     import triton.testing
 
-    compiler.wait()
     triton.testing.do_bench = partial(triton.testing.do_bench, warmup=5, rep=25)
     with arms.run("fla", layer):
         layer(torch.randn(1, 8192, config_of(options).hidden_size, device=options.device, dtype=options.dtype))
@@ -596,6 +602,7 @@ def main(argv=None) -> int:
         found = check(options.check)
         print("\n".join(found) or f"{options.check.name} speaks of these sources and is whole")
         return bool(found)
+    os.environ["FLA_FLASH_KDA"] = "0"  # FLA hands calls to an importable flash_kda; the arm is FLA itself
     with torch.no_grad():
         if options.compile_fla:
             compile_fla(options)
