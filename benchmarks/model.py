@@ -40,6 +40,7 @@ LAYER_PREFILL = (2048, 8192, 32768)
 PROMPT = 128  # tokens a sequence has before its decode steps are timed
 STEPS = 8  # decode steps of a sample of a model; a layer's sample has eight times as many
 NONE_TOKENS = 8192  # the longest prefill without kernels; 32768 tokens do not fit
+COMPILERS = 6  # processes that compile FLA's kernels
 SAMPLE_SECONDS = 2.5  # after as much, a time has samples enough if it has two
 SMALL = dict(
     vocab_size=512,
@@ -170,17 +171,24 @@ class Arms:
 
 
 def compile_fla(options) -> None:
-    """Fill Triton's disk cache with every configuration that FLA may choose from, timing none: minutes, so in a process of
-    its own, while other arms are measured."""
+    """Fill Triton's disk cache with this process's share of the configurations that FLA may choose from, timing none: minutes
+    in all, so in several processes, while other arms are measured."""
     import triton.testing
+    from triton.runtime.autotuner import Autotuner
 
     def run_once(kernel, **_):
         kernel()
         torch.cuda.synchronize()
         return [0.0, 0.0, 0.0]
 
-    triton.testing.do_bench = run_once
-    os.environ["FLA_CACHE_RESULTS"] = "0"
+    every = Autotuner.prune_configs
+
+    def share(self, kwargs):
+        configs = every(self, kwargs)
+        return configs[options.compile_fla :: COMPILERS] or configs[:1]
+
+    triton.testing.do_bench, Autotuner.prune_configs = run_once, share
+    os.environ["FLA_CACHE_RESULTS"] = "0"  # what it chooses here is no measurement
     layer, config = make_layer(options), config_of(options)
     x = torch.randn(1, 2048, config.hidden_size, device=options.device, dtype=options.dtype)
     cache = new_cache(config)
@@ -381,11 +389,11 @@ def model_rows(model, arm: str, options):
 
 
 def all_rows(options):
-    """Row by row, arm by arm: FLA last, whose kernels another process compiles meanwhile."""
+    """Row by row, arm by arm: FLA last, whose kernels other processes compile meanwhile."""
     from transformers import KimiLinearForCausalLM
 
-    order = [arm for arm in ("flash_kda", "none", "fla") if arm in options.arms]
-    with fla_compiler(options) if "fla" in order else contextlib.nullcontext() as compiler:
+    order = [arm for arm in ARMS if arm in options.arms]
+    with fla_compilers(options) if "fla" in order else contextlib.nullcontext() as compilers:
         arms, layer, model = Arms(options.device), make_layer(options), None
         if not options.layer:
             start = time.perf_counter()
@@ -394,7 +402,8 @@ def all_rows(options):
             say(f"model built in {time.perf_counter() - start:.0f} s")
         for arm in order:
             if arm == "fla":
-                compiler.wait()
+                for process in compilers:
+                    process.wait()
                 tune_fla(arms, layer, options)
             with arms.run(arm, layer):
                 yield from layer_rows(layer, arm, options)
@@ -404,13 +413,15 @@ def all_rows(options):
 
 
 @contextlib.contextmanager
-def fla_compiler(options):
-    """The process that compiles FLA's kernels; it does not outlive the measurement."""
-    process = subprocess.Popen([sys.executable, __file__, "--preset", options.preset, "--compile-fla"])
+def fla_compilers(options):
+    """The processes that compile FLA's kernels; they do not outlive the measurement."""
+    command = [sys.executable, __file__, "--preset", options.preset, "--compile-fla"]
+    processes = [subprocess.Popen([*command, str(i)]) for i in range(COMPILERS)]
     try:
-        yield process
+        yield processes
     finally:
-        process.kill()
+        for process in processes:
+            process.kill()
 
 
 def tune_fla(arms: Arms, layer, options) -> None:
@@ -546,7 +557,7 @@ def parse(argv=None) -> argparse.Namespace:
         "--check", nargs="?", type=Path, metavar="JSON", const=records.RESULTS / "h200-model.json",
         help="does a record (default benchmarks/results/h200-model.json) speak of these sources? nothing measured",
     )  # fmt: skip
-    parser.add_argument("--compile-fla", action="store_true", help=argparse.SUPPRESS)  # a process of its own
+    parser.add_argument("--compile-fla", type=int, help=argparse.SUPPRESS)  # a process of its own: which share
     options = parser.parse_args(argv)
     small, given = options.preset == "small", (options.tokens, options.layer_tokens, options.batches)
     options.whole = not (small or options.layer or options.arms or any(x is not None for x in given))
@@ -604,7 +615,7 @@ def main(argv=None) -> int:
         return bool(found)
     os.environ["FLA_FLASH_KDA"] = "0"  # FLA hands calls to an importable flash_kda; the arm is FLA itself
     with torch.no_grad():
-        if options.compile_fla:
+        if options.compile_fla is not None:
             compile_fla(options)
             return 0
         return measure(options)

@@ -425,6 +425,43 @@ def test_step_declines(kernel):
         assert not serves(**arguments | {name: other}), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "position, change, says",
+    [
+        (0, lambda x: x[:, :, :130], "must be"),
+        (1, lambda x: x[:1], "must have"),
+        (3, lambda x: x.float(), "bfloat16"),
+        (4, lambda x: x.cpu(), "CUDA device"),
+        (6, lambda x: x[:, :3], "contiguous"),
+        (7, lambda x: x.clone().transpose(1, 2), "contiguous"),
+        (8, lambda x: x.bfloat16(), "float32"),
+        (8, lambda x: None, "A_log"),
+        (10, lambda x: x[:, :1], "contiguous|elements"),
+        (11, lambda x: x[:64], "elements"),
+    ],
+)
+@torch.no_grad()
+def test_step_bad_input(kernel, position, change, says):
+    """The operator refuses what it cannot read or write, and has written nothing."""
+    N, H, C = 2, 2, 256
+    bf16 = dict(device="cuda", dtype=torch.bfloat16)
+    arguments = [normal(N, 1, C, **bf16) for _ in range(4)]
+    arguments += [
+        normal(N, 1, H, **bf16),
+        normal(N, 1, C, **bf16),
+        normal(3 * C, 4, **bf16),
+        normal(N, 3 * C, 4, **bf16),
+    ]
+    arguments += [normal(H, device="cuda"), normal(C, device="cuda"), normal(N, H, 128, 128, device="cuda")]
+    arguments += [normal(128, **bf16), normal(N, 1, C, **bf16)]
+    arguments[position] = change(arguments[position])
+    before = [None if x is None else x.clone() for x in arguments]
+    with pytest.raises(RuntimeError, match=says):
+        kernel.step.ops.layer_step(*arguments, 128**-0.5, None, 1e-5)
+    assert all(x is None or torch.equal(x, y) for x, y in zip(arguments, before))
+
+
 # --- torch.compile, CUDA graphs -----------------------------------------------------------------------------------------
 
 
