@@ -4,27 +4,33 @@
     python benchmarks/model.py --layer                one KDA layer of it alone, with the breakdown
     python benchmarks/model.py --preset small         a model that runs anywhere, also on a CPU
     python benchmarks/model.py --report RECORD.json   table and plot of a record
+    python benchmarks/model.py --check                does the record speak of these sources, and is it whole?
 
 Arms: `none` (transformers' PyTorch code), `fla` (what transformers runs by itself where FLA is installed) and `flash_kda`
-(`flash_kda.replace_layers`). Each arm has a process of its own, because transformers decides at import.
+(`flash_kda.replace_layers`). All run on one model, whose functions are exchanged. The record is written after every row, so
+a run that is cut keeps what it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import importlib.util
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import record as records
 import torch
 from console import number, say, table
+from peers import load_ours
 from timing import spread
 
 ARMS = ("none", "fla", "flash_kda")
@@ -32,7 +38,10 @@ PREFILL = (2048, 8192, 32768, 131072)
 DECODE = (1, 8, 32)
 LAYER_PREFILL = (2048, 8192, 32768)
 PROMPT = 128  # tokens a sequence has before its decode steps are timed
-STEPS = 16  # decode steps of a sample of a model; a layer's sample has four times as many
+STEPS = 8  # decode steps of a sample of a model; a layer's sample has eight times as many
+NONE_TOKENS = 8192  # the longest prefill without kernels; 32768 tokens do not fit
+COMPILERS = 6  # processes that compile FLA's kernels
+SAMPLE_SECONDS = 2.5  # after as much, a time has samples enough if it has two
 SMALL = dict(
     vocab_size=512,
     hidden_size=256,
@@ -116,13 +125,91 @@ def config_of(options):
     return config
 
 
-def install(module: torch.nn.Module, options) -> None:
-    """The arm's kernels; `none` and `fla` are what transformers does by itself in this process."""
-    if options.arm == "flash_kda":
-        from peers import load_ours
+class Arms:
+    """The arms of a model or a layer: which functions its modules call."""
 
-        replaced = load_ours(options.device).replace_layers(module)
-        assert replaced and all(replaced.values()), replaced
+    # What FLA and a package for the convolution replace in transformers' code, at import.
+    FUNCTIONS = (
+        "chunk_kimi_delta_attention",
+        "recurrent_kimi_delta_attention",
+        "causal_conv1d_fn",
+        "causal_conv1d_update",
+    )
+
+    def __init__(self, device: torch.device):
+        from transformers.models.kimi_linear import modeling_kimi_linear
+
+        self.code, self.ours = modeling_kimi_linear, load_ours(device)
+        self.functions = {"fla": {name: getattr(self.code, name) for name in self.FUNCTIONS}}
+        self.functions["none"] = self.functions["flash_kda"] = self._without_fla()
+
+    def _without_fla(self) -> dict:
+        """The functions of transformers' code loaded once more, as where FLA is not installed."""
+        name = f"{self.code.__name__}_without_fla"
+        spec = importlib.util.spec_from_file_location(name, self.code.__file__)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        hidden = {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] == "fla"}
+        sys.modules["fla"] = None  # `import fla` fails
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules["fla"]
+            sys.modules.update(hidden)
+        return {name: getattr(module, name) for name in self.FUNCTIONS}
+
+    @contextlib.contextmanager
+    def run(self, arm: str, module: torch.nn.Module):
+        """`module` with the functions of an arm."""
+        vars(self.code).update(self.functions[arm])
+        if arm == "flash_kda":
+            replaced = self.ours.replace_layers(module)
+            assert replaced and all(replaced.values()), replaced
+        try:
+            yield
+        finally:
+            self.ours.restore_layers(module)
+
+
+def compile_fla(options) -> None:
+    """Fill Triton's disk cache with this process's share of the configurations that FLA may choose from, timing none: minutes
+    in all, so in several processes, while other arms are measured."""
+    import triton.testing
+    from triton.runtime.autotuner import Autotuner
+
+    def run_once(kernel, **_):
+        kernel()
+        torch.cuda.synchronize()
+        return [0.0, 0.0, 0.0]
+
+    every = Autotuner.prune_configs
+
+    def share(self, kwargs):
+        configs = every(self, kwargs)
+        return configs[options.compile_fla :: COMPILERS] or configs[:1]
+
+    triton.testing.do_bench, Autotuner.prune_configs = run_once, share
+    os.environ["FLA_CACHE_RESULTS"] = "0"  # what it chooses here is no measurement
+    layer, config = make_layer(options), config_of(options)
+    x = torch.randn(1, 2048, config.hidden_size, device=options.device, dtype=options.dtype)
+    cache = new_cache(config)
+    for tokens in (x, x[:, :1]):
+        layer(tokens, cache_params=cache)
+    torch.cuda.synchronize()
+
+
+def make_layer(options) -> torch.nn.Module:
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+
+    config = config_of(options)
+    layer = build(lambda: KimiLinearDeltaAttention(config, 0), options.device, options.dtype)
+    layer.conv1d.weight.normal_(std=0.5)
+    return layer
+
+
+def new_cache(config):
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------------
@@ -154,15 +241,18 @@ class Clock:
         end.synchronize()
         return start.elapsed_time(end) / inner
 
-    def samples(self, call, inner: int = 1, warm: int = 2) -> list[float]:
-        for _ in range(warm):
-            call()
+    def samples(self, call, inner: int = 1) -> list[float]:
+        """Up to `repeats` samples, fewer of a slow call."""
+        call()
         gc.collect()
         gc.disable()
         try:
-            return [self.ms(call, inner) for _ in range(self.repeats)]
+            found, start = [], time.perf_counter()
+            while len(found) < self.repeats and (len(found) < 2 or time.perf_counter() - start < SAMPLE_SECONDS):
+                found.append(self.ms(call, inner))
         finally:
             gc.enable()
+        return found
 
     def extra_bytes(self, call) -> int | None:
         """What a call needs at its peak beside what was there before."""
@@ -228,24 +318,21 @@ def measured(row: dict, clock: Clock, call, inner: int = 1) -> dict:
 def or_out_of_memory(row: dict, work) -> dict:
     """A row that did not fit has no time."""
     try:
-        return work(row)
+        row = work(row)
     except torch.OutOfMemoryError:
+        row |= {"ms": None, "ms_spread": None, "extra_bytes": None}
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        return row | {"ms": None, "ms_spread": None, "extra_bytes": None}
+    return row
 
 
-def layer_rows(options) -> list[dict]:
+def layer_rows(layer, arm: str, options):
     """One KDA layer: prefill, and a one-token step with its cache."""
-    from transformers import DynamicCache
-    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
-
-    config = config_of(options)
-    layer = build(lambda: KimiLinearDeltaAttention(config, 0), options.device, options.dtype)
-    with torch.no_grad():
-        layer.conv1d.weight.normal_(std=0.5)
-    install(layer, options)
-    clock, rows = Clock(options.device, options.repeats), []
+    config, clock = config_of(options), Clock(options.device, options.repeats)
     weights = sum(p.numel() * p.element_size() for p in layer.parameters())
+
+    def hidden(B, T):
+        return torch.randn(B, T, config.hidden_size, device=options.device, dtype=options.dtype)
 
     def projections(x):
         q = layer.q_proj(x)
@@ -254,17 +341,17 @@ def layer_rows(options) -> list[dict]:
         return layer.o_proj(q)
 
     def prefill(row):
-        x = torch.randn(1, row["T"], config.hidden_size, device=options.device, dtype=options.dtype)
+        x = hidden(1, row["T"])
         measured(row, clock, lambda: layer(x))
         row["projections_ms"] = statistics.median(clock.samples(lambda: projections(x)))
         row["gpu"], row["kernels"] = clock.kernels(lambda: layer(x))
         return row
 
     def decode(row):
-        B, steps = row["B"], 4 * STEPS
-        cache = DynamicCache(config=config)
-        layer(torch.randn(B, 64, config.hidden_size, device=options.device, dtype=options.dtype), cache_params=cache)
-        x = torch.randn(B, 1, config.hidden_size, device=options.device, dtype=options.dtype)
+        B, steps = row["B"], 8 * STEPS
+        cache = new_cache(config)
+        layer(hidden(B, 64), cache_params=cache)
+        x = hidden(B, 1)
         step = lambda: layer(x, cache_params=cache)  # noqa: E731
         measured(row, clock, step, steps)
         row["projections_ms"] = statistics.median(clock.samples(lambda: projections(x), steps))
@@ -274,31 +361,17 @@ def layer_rows(options) -> list[dict]:
         row["graph_ms"] = clock.graph_ms(step)
         return row
 
-    common = {"arm": options.arm, "model": options.preset}
-    for T in options.layer_tokens:
-        rows.append(or_out_of_memory(common | {"what": "layer prefill", "B": 1, "T": T}, prefill))
-        say(line(rows[-1]))
-    for B in options.batches:
-        rows.append(or_out_of_memory(common | {"what": "layer decode", "B": B, "T": 1}, decode))
-        say(line(rows[-1]))
-    return rows
+    common = {"arm": arm, "model": options.preset}
+    for what, B, T in options.layer_shapes:
+        yield or_out_of_memory(common | {"what": what, "B": B, "T": T}, prefill if what == "layer prefill" else decode)
 
 
-def model_rows(options) -> list[dict]:
+def model_rows(model, arm: str, options):
     """The whole model: prefill with a cache, logits of the last token alone; decode steps after a short prompt."""
-    from transformers import KimiLinearForCausalLM
-
-    config, start = config_of(options), time.perf_counter()
-    model = build(lambda: KimiLinearForCausalLM(config), options.device, options.dtype)
-    install(model, options)
-    clock, rows = Clock(options.device, options.repeats), []
-    clock.wait()
-    say(f"{options.arm}: built in {time.perf_counter() - start:.0f} s")
+    config, clock = config_of(options), Clock(options.device, options.repeats)
 
     def ids(B, T):
-        return torch.randint(
-            3, config.vocab_size - 1000 if options.preset == "48b" else 500, (B, T), device=options.device
-        )
+        return torch.randint(3, config.vocab_size - 12, (B, T), device=options.device)
 
     def prefill(row):
         tokens = ids(row["B"], row["T"])
@@ -309,29 +382,55 @@ def model_rows(options) -> list[dict]:
         token = ids(row["B"], 1)
         return measured(row, clock, lambda: model(token, past_key_values=cache, use_cache=True), STEPS)
 
-    common = {"arm": options.arm, "model": options.preset}
-    for T in options.tokens:
-        rows.append(or_out_of_memory(common | {"what": "prefill", "B": 1, "T": T}, prefill))
-        say(line(rows[-1]))
-    for B in options.batches:
-        rows.append(or_out_of_memory(common | {"what": "decode", "B": B, "T": 1}, decode))
-        say(line(rows[-1]))
-    return rows
+    common = {"arm": arm, "model": options.preset}
+    for what, B, T in options.model_shapes:
+        if arm != "none" or T <= NONE_TOKENS:
+            yield or_out_of_memory(common | {"what": what, "B": B, "T": T}, prefill if what == "prefill" else decode)
 
 
-def run_arm(options) -> None:
-    """One arm, in this process; its rows go to a file."""
-    if options.arm == "none":
-        sys.modules["fla"] = None  # whatever is installed: `import fla` fails
-    elif options.arm == "fla":
-        os.environ["FLA_FLASH_KDA"] = "0"  # FLA hands calls to an importable flash_kda; the arm is FLA itself
-        import fla  # noqa: F401
-    with torch.no_grad():
-        rows = layer_rows(options)
+def all_rows(options):
+    """Row by row, arm by arm: FLA last, whose kernels other processes compile meanwhile."""
+    from transformers import KimiLinearForCausalLM
+
+    order = [arm for arm in ARMS if arm in options.arms]
+    with fla_compilers(options) if "fla" in order else contextlib.nullcontext() as compilers:
+        arms, layer, model = Arms(options.device), make_layer(options), None
         if not options.layer:
-            gc.collect()
-            rows += model_rows(options)
-    options.rows.write_text(json.dumps(rows))
+            start = time.perf_counter()
+            model = build(lambda: KimiLinearForCausalLM(config_of(options)), options.device, options.dtype)
+            Clock(options.device, 1).wait()
+            say(f"model built in {time.perf_counter() - start:.0f} s")
+        for arm in order:
+            if arm == "fla":
+                for process in compilers:
+                    process.wait()
+                tune_fla(arms, layer, options)
+            with arms.run(arm, layer):
+                yield from layer_rows(layer, arm, options)
+            if model is not None:
+                with arms.run(arm, model):
+                    yield from model_rows(model, arm, options)
+
+
+@contextlib.contextmanager
+def fla_compilers(options):
+    """The processes that compile FLA's kernels; they do not outlive the measurement."""
+    command = [sys.executable, __file__, "--preset", options.preset, "--compile-fla"]
+    processes = [subprocess.Popen([*command, str(i)]) for i in range(COMPILERS)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def tune_fla(arms: Arms, layer, options) -> None:
+    """Let FLA choose its configurations at 8192 tokens: it keeps what it finds at the first length that it meets."""
+    import triton.testing
+
+    triton.testing.do_bench = partial(triton.testing.do_bench, warmup=5, rep=25)
+    with arms.run("fla", layer):
+        layer(torch.randn(1, 8192, config_of(options).hidden_size, device=options.device, dtype=options.dtype))
 
 
 # --- the record ---------------------------------------------------------------------------------------------------------
@@ -405,36 +504,102 @@ def plot(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def problems(record: dict) -> list[str]:
+    """What a record of the whole 48B run lacks, in plain sentences."""
+    found = [f"meta.{key} is missing" for key in records.META if key not in record.get("meta", {})]
+    rows = {(row["arm"], row["what"], row["B"], row["T"]): row for row in record.get("rows", [])}
+    for arm in ARMS:
+        for shape in shapes(LAYER_PREFILL, DECODE, "layer ") + shapes(PREFILL, DECODE):
+            what, B, T = shape
+            if arm == "none" and T > NONE_TOKENS and what == "prefill":
+                continue
+            row = rows.get((arm, *shape))
+            if row is None:
+                found.append(f"{arm} {what} B = {B}, T = {T} is missing")
+            elif arm == "flash_kda" and row["ms"] is None:
+                found.append(f"{arm} {what} B = {B}, T = {T} ran out of memory")
+    return found
+
+
+def check(path: Path) -> list[str]:
+    """Why the record does not speak of these sources; empty when it does."""
+    if not path.is_file():
+        return ["there is no record; make one on a GPU with: python benchmarks/model.py"]
+    record = json.loads(path.read_text())
+    found = problems(record)
+    if not found and record["meta"]["source_digest"] != records.source_digest():
+        found = [f"the sources changed since {record['meta']['date']}"]
+    return found
+
+
+def shapes(tokens, batches, prefix: str = "") -> list[tuple[str, int, int]]:
+    """`(what, B, T)` of the rows of an arm."""
+    return [(f"{prefix}prefill", 1, T) for T in tokens] + [(f"{prefix}decode", B, 1) for B in batches]
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("48b", "small"), default="48b")
     parser.add_argument("--layer", action="store_true", help="one KDA layer only")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all whose packages are here")
-    parser.add_argument("--tokens", nargs="+", type=int, help=f"prefill lengths (default {PREFILL}; small: 512 2048)")
+    parser.add_argument("--tokens", nargs="*", type=int, help=f"prefill lengths (default {PREFILL}; small: 512 2048)")
     parser.add_argument(
-        "--layer-tokens", nargs="+", type=int, help=f"of one layer (default {LAYER_PREFILL}; small: 512)"
+        "--layer-tokens", nargs="*", type=int, help=f"of one layer (default {LAYER_PREFILL}; small: 512)"
     )
     parser.add_argument("--batches", nargs="*", type=int, help=f"decode batches (default {DECODE}; small: 1 4)")
-    parser.add_argument("--repeats", type=int, default=5, help="samples a time (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="samples a time, fewer of slow calls (default 5)")
     parser.add_argument(
         "--out", type=Path, help="folder of the record (default benchmarks/results for the whole 48b run)"
     )
     parser.add_argument("--report", type=Path, metavar="JSON", help="table and plot of a record, nothing measured")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # a process of its own
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--check", nargs="?", type=Path, metavar="JSON", const=records.RESULTS / "h200-model.json",
+        help="does a record (default benchmarks/results/h200-model.json) speak of these sources? nothing measured",
+    )  # fmt: skip
+    parser.add_argument("--compile-fla", type=int, help=argparse.SUPPRESS)  # a process of its own: which share
     options = parser.parse_args(argv)
-    small = options.preset == "small"
-    options.whole = not (
-        small or options.layer or options.tokens or options.layer_tokens or options.batches or options.arms
+    small, given = options.preset == "small", (options.tokens, options.layer_tokens, options.batches)
+    options.whole = not (small or options.layer or options.arms or any(x is not None for x in given))
+    tokens, layer_tokens, batches = (
+        default if x is None else x
+        for x, default in zip(given, ((512, 2048), (512,), (1, 4)) if small else (PREFILL, LAYER_PREFILL, DECODE))
     )
-    options.tokens = options.tokens or ((512, 2048) if small else PREFILL)
-    options.layer_tokens = options.layer_tokens or ((512,) if small else LAYER_PREFILL)
-    options.batches = options.batches if options.batches is not None else ((1, 4) if small else DECODE)
+    options.model_shapes = shapes(tokens, batches)
+    options.layer_shapes = shapes(layer_tokens, batches, "layer ")
+    options.has_fla = options.device.type == "cuda" and importlib.util.find_spec("fla") is not None
+    options.arms = options.arms or [arm for arm in ARMS if arm != "fla" or options.has_fla]
     options.dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
-    if options.preset == "48b" and options.device.type != "cuda" and not options.layer and not options.report:
+    if "fla" in options.arms and not options.has_fla:
+        parser.error("the arm fla needs FLA (pip install fla-core==0.6.0) and a GPU")
+    measures = not (options.report or options.check)
+    if options.preset == "48b" and options.device.type != "cuda" and not options.layer and measures:
         parser.error("the 48b model needs a GPU with 110 GB; --preset small runs anywhere, --layer wherever torch does")
     return options
+
+
+def measure(options) -> int:
+    from prefill import environment, round_significant
+
+    meta = environment(options.device, metadata.version("fla-core") if options.has_fla else None)
+    meta |= {
+        "tests": None,
+        "repeats": options.repeats,
+        "transformers": metadata.version("transformers"),
+        "copy_bytes_per_ms": copy_bandwidth(options.device),
+    }
+    folder = options.out or (records.RESULTS if options.whole else None)
+    rows, path = [], None
+    for row in all_rows(options):
+        rows.append({key: _rounded(value, round_significant) for key, value in row.items()})
+        say(line(rows[-1]))
+        if folder is not None:
+            path = records.write({"meta": meta, "rows": rows}, folder, suffix="model")
+    print(f"\n{meta['gpu']}, torch {meta['torch']}, transformers {meta['transformers']}, {options.preset}\n")
+    print("\n\n".join(filter(None, (model_table(rows), layer_table(rows)))))
+    if path is not None:
+        say(f"wrote {path}")
+    return 0
 
 
 def main(argv=None) -> int:
@@ -444,42 +609,16 @@ def main(argv=None) -> int:
         print(f"{model_table(rows)}\n\n{layer_table(rows)}")
         plot(rows, options.report.with_suffix(".svg"))
         return 0
-    if options.arm:
-        run_arm(options)
-        return 0
-
-    from importlib import metadata, util
-
-    from prefill import environment, round_significant
-
-    has_fla = options.device.type == "cuda" and util.find_spec("fla") is not None
-    arms = options.arms or [arm for arm in ARMS if arm != "fla" or has_fla]
-    rows = []
-    arguments = sys.argv[1:] if argv is None else [str(a) for a in argv]
-    for arm in arms:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "rows.json"
-            command = [sys.executable, __file__, *arguments, "--arm", arm, "--rows", str(file)]
-            done = subprocess.run(command, check=False)
-            if done.returncode or not file.is_file():
-                say(f"{arm}: failed with {done.returncode}")
-                return 1
-            rows += json.loads(file.read_text())
-    meta = environment(options.device, metadata.version("fla-core") if has_fla else None)
-    meta |= {
-        "tests": None,
-        "repeats": options.repeats,
-        "transformers": metadata.version("transformers"),
-        "copy_bytes_per_ms": copy_bandwidth(options.device),
-    }
-    rows = [{key: _rounded(value, round_significant) for key, value in row.items()} for row in rows]
-    print(f"\n{meta['gpu']}, torch {meta['torch']}, transformers {meta['transformers']}, {options.preset}\n")
-    print("\n\n".join(filter(None, (model_table(rows), layer_table(rows)))))
-    if options.whole or options.out:
-        folder = options.out or records.RESULTS
-        path = records.write({"meta": meta, "rows": rows}, folder, suffix="model")
-        say(f"wrote {path}")
-    return 0
+    if options.check:
+        found = check(options.check)
+        print("\n".join(found) or f"{options.check.name} speaks of these sources and is whole")
+        return bool(found)
+    os.environ["FLA_FLASH_KDA"] = "0"  # FLA hands calls to an importable flash_kda; the arm is FLA itself
+    with torch.no_grad():
+        if options.compile_fla is not None:
+            compile_fla(options)
+            return 0
+        return measure(options)
 
 
 def _rounded(value, to):

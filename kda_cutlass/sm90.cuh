@@ -81,6 +81,11 @@ __device__ __forceinline__ void let_next_kernel_start() {
 }
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// Asks the L2 for a line. It only hints, so it may come before wait_for_previous_kernel().
+__device__ __forceinline__ void prefetch_l2(void const* address) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(address));
+}
+
 // ---- shared-memory tiles ---------------------------------------------------------------------------------------
 // A panel is rows of 64 bf16 (128 bytes) with the 128-byte swizzle of TMA and WGMMA: 16-byte unit u of row r lies at
 // unit u ^ (r % 8). The panel starts at a multiple of 1024 bytes.

@@ -120,6 +120,15 @@ def layer_calls():
             modules = [torch.nn.Linear(depth, n, bias=False, device="cuda", dtype=torch.bfloat16) for n in (16, 40, 3)]
             for y in kernel.linears.linears(modules, (normal(rows, 1, depth),) * 3, True):
                 assert y.isfinite().all()
+        for N, H in ((2, 3), (9, 16)):  # a cluster a head, a CTA a head
+            C = 128 * H
+            conv_state, state = normal(N, 3 * C, 4), torch.randn(N, H, 128, 128, device="cuda")
+            gate = (torch.randn(H, device="cuda"), torch.randn(C, device="cuda"), None)
+            y = kernel.step.step(
+                *normal(4, N, 1, C), normal(N, 1, H), normal(N, 1, C), normal(3 * C, 4), conv_state, *gate, state,
+                normal(128), 1e-5,
+            )  # fmt: skip
+            assert y.isfinite().all() and state.isfinite().all() and conv_state.isfinite().all()
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ def projections(K, sizes, dtype=torch.bfloat16, device="cuda"):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 3), (8, 1), (3, 3), (2, 8), (17, 1), (32, 1)], ids=str)
 @pytest.mark.parametrize(
-    "K, sizes", [(2304, (4096, 128, 32)), (128, (264, 264)), (4096, (2304,)), (72, (40,) * 5 + (83,))]
+    "K, sizes", [(2304, (4096, 128, 32)), (128, (264, 264)), (4096, (2304,)), (72, (40,) * 5 + (83,)), (6152, (16, 21))]
 )
 @torch.no_grad()
 def test_few_rows(kernel, rows, K, sizes):
@@ -327,6 +327,139 @@ def test_few_rows_leaves_other_modules_alone(kernel):
     assert not kernel.linears.are_few_rows(x.expand(33, 1, 64)) and not kernel.linears.are_few_rows(x.float())
     with torch.enable_grad():
         assert not kernel.linears.are_few_rows(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B, T, H", [(1, 1, 4), (3, 9, 4), (1, 700, 4), (2, 1024, 96), (1, 8200, 32)], ids=str)
+@torch.no_grad()
+def test_outputs_over_values(kernel, B, T, H):
+    """KDA may write its output over v, as the layers let it: the same bits, in decode and in every schedule of the
+    prefill."""
+    q, k, v, g = (normal(B, T, H, 128, seed=i, device="cuda", dtype=torch.bfloat16) for i in range(4))
+    options = dict(
+        A_log=torch.zeros(H, device="cuda"), use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True, output_final_state=True,
+    )  # fmt: skip
+    beta = normal(B, T, H, seed=5, device="cuda", dtype=torch.bfloat16)
+    expected = kernel.fused_recurrent_kda(q, k, v, g, beta, **options)
+    for _ in range(3):
+        values = v.clone()
+        o, state = kernel.fused_recurrent_kda(q, k, values, g, beta, **options, out=values)
+        assert o is values and torch.equal(o, expected[0]) and torch.equal(state, expected[1])
+
+
+STEP_CASES = [(1, 4), (2, 32), (4, 32), (5, 96), (32, 32), (3, 1)]  # sequences, heads: clusters and whole heads
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N, H", STEP_CASES, ids=str)
+@pytest.mark.parametrize("lower_bound", [None, -5.0], ids=["softplus", "bounded"])
+@pytest.mark.parametrize("wide", [False, True], ids=["bf16 weights", "fp32 weights"])
+@torch.no_grad()
+def test_step(kernel, N, H, lower_bound, wide):
+    """The fused step against the functions it stands for: it rounds where they round, and as seldom."""
+    C, dtype = H * 128, torch.float32 if wide else torch.bfloat16
+    q, k, v, f, gate = (normal(N, 1, C, seed=i, device="cuda", dtype=torch.bfloat16) for i in range(5))
+    beta = normal(N, 1, H, seed=5, device="cuda", dtype=torch.bfloat16)
+    weight, norm_weight = (normal(*s, seed=6, device="cuda", dtype=dtype) for s in ((3 * C, 4), (128,)))
+    conv_state = normal(N, 3 * C, 4, seed=7, device="cuda", dtype=torch.bfloat16)
+    state = normal(N, H, 128, 128, seed=8, device="cuda")
+    A_log = None if lower_bound else normal(H, seed=9, device="cuda")
+    dt_bias = normal(C, seed=10, device="cuda")
+    kept = conv_state.clone(), state.clone()
+
+    parts = kernel.short_conv((q, k, v), weight, None, "silu", initial_state=conv_state, final_state=conv_state)
+    heads = (N, 1, H, 128)
+    o, _ = kernel.fused_recurrent_kda(
+        *(x.view(heads) for x in (*parts, f)), beta, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
+        initial_state=state, use_gate_in_kernel=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+        inplace_final_state=True,
+    )  # fmt: skip
+    expected = kernel.gated_rms_norm(o, gate.view(heads), norm_weight, 1e-5)
+    exact = kernel.reference.gated_rms_norm(o.double(), gate.view(heads).double(), norm_weight.double(), 1e-5)
+
+    step = kernel.step
+    assert step.serves((q, k, v, f, gate), beta, weight, None, "silu", kept[0], A_log, dt_bias, kept[1], norm_weight)
+    outputs, finals = [], []
+    for _ in range(2):  # the second time for determinism
+        conv, final = (x.clone() for x in kept)
+        y = step.step(q, k, v, f, beta, gate, weight, conv, A_log, dt_bias, lower_bound, final, norm_weight, 1e-5)
+        assert torch.equal(conv, conv_state) and relative_error(final, state) < 1e-6
+        finals.append(final)
+        assert y.shape == q.shape and relative_error(y.view(heads), exact) <= 1.01 * relative_error(expected, exact)
+        outputs.append(y)
+    assert torch.equal(*outputs) and torch.equal(*finals)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_step_declines(kernel):
+    """What the kernel does not do takes the functions one by one."""
+    N, H, C = 2, 2, 256
+    projected = [normal(N, 1, C, device="cuda", dtype=torch.bfloat16)] * 5
+    arguments = dict(
+        projected=projected,
+        beta=normal(N, 1, H, device="cuda", dtype=torch.bfloat16),
+        conv_weight=normal(3 * C, 4, device="cuda"),
+        conv_bias=None,
+        activation="silu",
+        conv_state=normal(N, 3 * C, 4, device="cuda", dtype=torch.bfloat16),
+        A_log=normal(H, device="cuda"),
+        dt_bias=None,
+        state=normal(N, H, 128, 128, device="cuda"),
+        norm_weight=normal(128, device="cuda"),
+    )
+    serves = kernel.step.serves
+    assert serves(**arguments)
+    for name, other in {
+        "projected": [x.float() for x in projected],
+        "beta": arguments["beta"].float(),
+        "conv_weight": normal(3 * C, 3, device="cuda"),
+        "conv_bias": normal(3 * C, device="cuda"),
+        "activation": None,
+        "conv_state": arguments["conv_state"][:, :, 1:],
+        "A_log": arguments["A_log"].bfloat16(),
+        "state": arguments["state"].bfloat16(),
+        "norm_weight": normal(64, device="cuda"),
+    }.items():
+        assert not serves(**arguments | {name: other}), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "position, change, says",
+    [
+        (0, lambda x: x[:, :, :130], "must be"),
+        (1, lambda x: x[:1], "must have"),
+        (3, lambda x: x.float(), "bfloat16"),
+        (4, lambda x: x.cpu(), "CUDA device"),
+        (6, lambda x: x[:, :3], "contiguous"),
+        (7, lambda x: x.clone().transpose(1, 2), "contiguous"),
+        (8, lambda x: x.bfloat16(), "float32"),
+        (8, lambda x: None, "A_log"),
+        (10, lambda x: x[:, :1], "contiguous|elements"),
+        (11, lambda x: x[:64], "elements"),
+    ],
+)
+@torch.no_grad()
+def test_step_bad_input(kernel, position, change, says):
+    """The operator refuses what it cannot read or write, and has written nothing."""
+    N, H, C = 2, 2, 256
+    bf16 = dict(device="cuda", dtype=torch.bfloat16)
+    arguments = [normal(N, 1, C, **bf16) for _ in range(4)]
+    arguments += [
+        normal(N, 1, H, **bf16),
+        normal(N, 1, C, **bf16),
+        normal(3 * C, 4, **bf16),
+        normal(N, 3 * C, 4, **bf16),
+    ]
+    arguments += [normal(H, device="cuda"), normal(C, device="cuda"), normal(N, H, 128, 128, device="cuda")]
+    arguments += [normal(128, **bf16), normal(N, 1, C, **bf16)]
+    arguments[position] = change(arguments[position])
+    before = [None if x is None else x.clone() for x in arguments]
+    with pytest.raises(RuntimeError, match=says):
+        kernel.step.ops.layer_step(*arguments, 128**-0.5, None, 1e-5)
+    assert all(x is None or torch.equal(x, y) for x, y in zip(arguments, before))
 
 
 # --- torch.compile, CUDA graphs -----------------------------------------------------------------------------------------

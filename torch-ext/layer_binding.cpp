@@ -1,5 +1,5 @@
-// The layer's operators on the stable ABI: operators -> kda::ConvParams, kda::GatedNormParams,
-// kda::LinearsParams.
+// The layer's operators on the stable ABI: operators -> kda::ConvParams, kda::GatedNormParams, kda::LinearsParams,
+// kda::StepParams.
 //
 // flash_kda.layer_contract has already told the user what is wrong with the arguments. The checks here are the last line:
 // whatever passes them cannot make a kernel read or write outside a tensor. The contents of cu_seqlens are on the device;
@@ -218,6 +218,57 @@ void few_row_linears(std::vector<Tensor> x, std::vector<Tensor> weights, Tensor&
   STD_TORCH_CHECK(error == cudaSuccess, "few_row_linears: ", cudaGetErrorString(error));
 }
 
+void layer_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& beta,
+                const Tensor& gate, const Tensor& conv_weight, Tensor& conv_state, const std::optional<Tensor>& A_log,
+                const std::optional<Tensor>& dt_bias, Tensor& state, const Tensor& norm_weight, Tensor& out,
+                double scale, std::optional<double> lower_bound, double eps) {
+  constexpr int64_t D = kda::kHeadDim;
+  STD_TORCH_CHECK(q.is_cuda() && q.dim() >= 1, "q must be a CUDA tensor [.., H * 128]");
+  const int64_t C = q.size(q.dim() - 1), H = C / D;
+  STD_TORCH_CHECK(H > 0 && C % D == 0, "q must be [.., H * 128], got ", C, " channels");
+  const int64_t N = q.numel() / C;
+
+  kda::StepParams params;
+  auto bf16_tensor = [&](const Tensor& tensor, int64_t elements, const char* name) {
+    check_bf16(tensor, name);
+    return contiguous(tensor, q, elements, name);
+  };
+  params.qkv[0] = bf16_tensor(q, N * C, "q");
+  params.qkv[1] = bf16_tensor(k, N * C, "k");
+  params.qkv[2] = bf16_tensor(v, N * C, "v");
+  params.decay = bf16_tensor(decay, N * C, "decay");
+  params.gate = bf16_tensor(gate, N * C, "gate");
+  params.out = bf16_tensor(out, N * C, "out");
+  params.conv_state = bf16_tensor(conv_state, N * kda::kConvParts * C * kda::kStepTaps, "conv_state");
+  check_bf16(beta, "beta");
+  check_here(beta, q, "beta");
+  STD_TORCH_CHECK(beta.is_contiguous() && beta.numel() == N * H, "beta must be contiguous [N, H]");
+  params.beta = beta.data_ptr();
+  params.conv_weight_is_fp32 = is_fp32(conv_weight, "conv_weight");
+  params.conv_weight = contiguous(conv_weight, q, kda::kConvParts * C * kda::kStepTaps, "conv_weight");
+  params.norm_weight_is_fp32 = is_fp32(norm_weight, "norm_weight");
+  params.norm_weight = contiguous(norm_weight, q, D, "norm_weight");
+  auto fp32_tensor = [&](const Tensor& tensor, int64_t elements, const char* name) {
+    STD_TORCH_CHECK(is_fp32(tensor, name), name, " must be float32");
+    return static_cast<float*>(contiguous(tensor, q, elements, name));
+  };
+  params.state = fp32_tensor(state, N * C * D, "state");
+  STD_TORCH_CHECK(A_log || lower_bound, "the softplus gate needs A_log");
+  if (A_log) params.A_log = fp32_tensor(*A_log, H, "A_log");
+  if (dt_bias) params.dt_bias = fp32_tensor(*dt_bias, C, "dt_bias");
+  STD_TORCH_CHECK(N <= 65535, "N = ", N, " is more than the kernel counts");
+  params.heads = narrow(4 * H * N, "4 * H * N") / static_cast<int>(4 * N);
+  params.sequences = static_cast<int>(N);
+  params.softplus = !lower_bound;
+  params.lower_bound = static_cast<float>(lower_bound.value_or(0.0));
+  params.scale = static_cast<float>(scale);
+  params.eps = static_cast<float>(eps);
+
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const cudaError_t error = kda::launch_step(params, stream_of(q));
+  STD_TORCH_CHECK(error == cudaSuccess, "layer_step: ", cudaGetErrorString(error));
+}
+
 // The namespace is a macro: one more step expands it.
 #define FRAGMENT(name, library) STABLE_TORCH_LIBRARY_FRAGMENT(name, library)
 
@@ -227,10 +278,15 @@ FRAGMENT(TORCH_EXTENSION_NAME, ops) {
       "Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!)? final_state, bool silu) -> ()");
   ops.def("gated_rms_norm(Tensor x, Tensor gate, Tensor weight, Tensor(a!) out, float eps) -> ()");
   ops.def("few_row_linears(Tensor[] x, Tensor[] weights, Tensor(a!) out) -> ()");
+  ops.def(
+      "layer_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor gate, Tensor conv_weight, "
+      "Tensor(a!) conv_state, Tensor? A_log, Tensor? dt_bias, Tensor(b!) state, Tensor norm_weight, Tensor(c!) out, "
+      "float scale, float? lower_bound, float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("short_conv", TORCH_BOX(&short_conv));
   ops.impl("gated_rms_norm", TORCH_BOX(&gated_rms_norm));
   ops.impl("few_row_linears", TORCH_BOX(&few_row_linears));
+  ops.impl("layer_step", TORCH_BOX(&layer_step));
 }

@@ -82,16 +82,25 @@ cudaError_t launch_conv(ConvParams const& p, cudaStream_t stream) {
 }
 
 cudaError_t launch_linears(LinearsParams p, cudaStream_t stream) {
+  struct Variant {
+    void (*kernel)(LinearsParams);
+    int outputs, threads;  // of a block
+  };
+  auto vector = [](auto shape) -> Variant {
+    return {linear_vector_kernel<decltype(shape)>, decltype(shape)::kBlockOutputs, 32 * kVectorWarps};
+  };
+  auto matrix = [](void (*kernel)(LinearsParams)) -> Variant { return {kernel, kLinearOutputs, 32 * kLinearWarps}; };
+  Variant const variant = p.rows > 2 * kLinearRowTile        ? matrix(linears_kernel<4>)
+                          : p.rows > kLinearRowTile          ? matrix(linears_kernel<2>)
+                          : p.rows > 1                       ? matrix(linears_kernel<1>)
+                          : p.depth <= ShallowVector::kDepth ? vector(ShallowVector{})
+                                                             : vector(WideVector{});
   unsigned blocks = 0;
   for (int job = 0; job < p.count; ++job) {
     p.jobs[job].first_block = static_cast<int>(blocks);
-    blocks += static_cast<unsigned>(pieces(p.jobs[job].outputs, p.rows == 1 ? kVectorWarps : kLinearOutputs));
+    blocks += static_cast<unsigned>(pieces(p.jobs[job].outputs, variant.outputs));
   }
-  if (p.rows == 1) return launch(linear_vector_kernel, blocks, 32 * kVectorWarps, stream, p);
-  auto* const kernel = p.rows <= kLinearRowTile       ? linears_kernel<1>
-                       : p.rows <= 2 * kLinearRowTile ? linears_kernel<2>
-                                                      : linears_kernel<4>;
-  return launch(kernel, blocks, 32 * kLinearWarps, stream, p);
+  return launch(variant.kernel, blocks, variant.threads, stream, p);
 }
 
 cudaError_t launch_gated_norm(GatedNormParams const& p, cudaStream_t stream) {

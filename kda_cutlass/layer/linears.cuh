@@ -10,9 +10,18 @@
 
 namespace kda {
 
-constexpr int kVectorWarps = 4;  // of a block for one row, an output each
-constexpr int kVectorLoads =
-    9;  // of a lane, in flight together: a warp reads the 48B model's hidden size, 2304, at once
+constexpr int kVectorWarps = 4;  // of a block for one row
+
+// How a warp of the kernel for one row shares out its loads, all of which are in flight together: kLanes lanes to an
+// output, kLoads vectors of each lane, kOutputs outputs one after the other.
+template <int kLanes_, int kOutputs_, int kLoads_>
+struct VectorShape {
+  static constexpr int kLanes = kLanes_, kOutputs = kOutputs_, kLoads = kLoads_;
+  static constexpr int kDepth = kLanes * kLoads * kVectorChannels;  // read at a time
+  static constexpr int kBlockOutputs = kVectorWarps * (32 / kLanes) * kOutputs;
+};
+using ShallowVector = VectorShape<16, 8, 1>;  // a depth of 128: the second projections of the gates
+using WideVector = VectorShape<32, 1, 9>;     // 2304, the 48B model's hidden size, and more in turns
 
 constexpr int kLinearWarps = 8;
 constexpr int kLinearOutputs = 16;  // of a block
@@ -35,38 +44,53 @@ __device__ __forceinline__ LinearJob const& job_of(LinearsParams const& p) {
   return p.jobs[job];
 }
 
+template <class Shape>
 __global__ void __launch_bounds__(32 * kVectorWarps) linear_vector_kernel(LinearsParams const p) {
+  constexpr int kLanes = Shape::kLanes, kOutputs = Shape::kOutputs, kLoads = Shape::kLoads;
   let_next_kernel_start();
-  int const lane = threadIdx.x % 32, vectors = p.depth / kVectorChannels;
+  int const lane = threadIdx.x % kLanes, vectors = p.depth / kVectorChannels;
   LinearJob const& mine = job_of(p);
-  int const output = (blockIdx.x - mine.first_block) * kVectorWarps + threadIdx.x / 32;
-  bool const inside = output < mine.outputs;
+  int const output = (blockIdx.x - mine.first_block) * Shape::kBlockOutputs + threadIdx.x / kLanes * kOutputs;
   bf16 const* const weight = static_cast<bf16 const*>(mine.weight) + int64_t(output) * p.depth;
   bf16 const* const x = static_cast<bf16 const*>(mine.x);
 
-  float sum = 0.f;
-  for (int first = 0; first < vectors; first += 32 * kVectorLoads) {
-    uint4 packed[kVectorLoads];
+  float sum[kOutputs] = {};
+  for (int first = 0; first < vectors; first += kLanes * kLoads) {
+    uint4 packed[kOutputs][kLoads];
 #pragma unroll
-    for (int i = 0; i < kVectorLoads; ++i) {
-      int const v = first + i * 32 + lane;
-      packed[i] = inside && v < vectors ? load_weights(weight + v * kVectorChannels) : uint4{};
+    for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        int const v = first + i * kLanes + lane;
+        packed[o][i] = output + o < mine.outputs && v < vectors
+                           ? load_weights(weight + o * p.depth + v * kVectorChannels)
+                           : uint4{};
+      }
     }
     if (first == 0) wait_for_previous_kernel();  // which may have written x; the weights were there before it
 #pragma unroll
-    for (int i = 0; i < kVectorLoads; ++i) {
-      int const v = first + i * 32 + lane;
+    for (int i = 0; i < kLoads; ++i) {
+      int const v = first + i * kLanes + lane;
       if (v >= vectors) break;
-      Channels w, input;
-      unpack(packed[i], w);
+      Channels input;
       unpack(load_vector(x + v * kVectorChannels), input);
 #pragma unroll
-      for (int c = 0; c < kVectorChannels; ++c) sum += w[c] * input[c];
+      for (int o = 0; o < kOutputs; ++o) {
+        Channels w;
+        unpack(packed[o][i], w);
+#pragma unroll
+        for (int c = 0; c < kVectorChannels; ++c) sum[o] += w[c] * input[c];
+      }
     }
   }
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-  if (lane == 0 && inside) static_cast<bf16*>(p.out)[mine.first_output + output] = __float2bfloat16_rn(sum);
+  for (int o = 0; o < kOutputs; ++o) {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) sum[o] += __shfl_xor_sync(0xffffffffu, sum[o], step);
+    if (lane == 0 && output + o < mine.outputs) {
+      static_cast<bf16*>(p.out)[mine.first_output + output + o] = __float2bfloat16_rn(sum[o]);
+    }
+  }
 }
 
 // Accesses of a lane in flight, and blocks on an SM, by the registers that the accumulators leave.

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kda_cutlass/prefill/params.h"  // kHeadDim
+
 namespace kda {
 
 constexpr int kConvParts = 3;       // q, k and v: as many inputs as one call takes
@@ -83,5 +85,35 @@ struct LinearsParams {
 
 // Takes `params` by value to lay out the grid.
 cudaError_t launch_linears(LinearsParams params, cudaStream_t stream);
+
+// One token of each sequence from the projections to the output projection: convolution with SiLU, KDA with its gate, the
+// sigmoid of beta and normalised q and k, gated norm. Heads of 128 channels.
+constexpr int kStepTaps = 4;  // of the convolution, and columns of its state
+
+struct StepParams {
+  const void* qkv[kConvParts];  // [N, H * 128] bf16, contiguous; so are decay and gate
+  const void* decay = nullptr;  // the input of the decay's gate
+  const void* gate = nullptr;   // the norm's, before the sigmoid
+  const void* beta = nullptr;   // [N, H] bf16 logits
+  void* out = nullptr;          // [N, H * 128] bf16
+
+  const void* conv_weight = nullptr;  // [3 * H * 128, 4]
+  bool conv_weight_is_fp32 = false;   // else bf16
+  void* conv_state = nullptr;         // [N, 3 * H * 128, 4] bf16, updated
+  const float* A_log = nullptr;       // [H], or null: 0
+  const float* dt_bias = nullptr;     // [H, 128], or null: 0
+  float* state = nullptr;             // [N, H, 128, 128] K-first, updated
+  const void* norm_weight = nullptr;  // [128]
+  bool norm_weight_is_fp32 = false;   // else bf16
+
+  int heads = 0;      // H
+  int sequences = 0;  // N
+  bool softplus = false;
+  float lower_bound = 0.f;  // of the decay's gate, unless softplus
+  float scale = 1.f;
+  float eps = 0.f;
+};
+
+cudaError_t launch_step(const StepParams& params, cudaStream_t stream);
 
 }  // namespace kda

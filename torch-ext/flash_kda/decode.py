@@ -98,7 +98,10 @@ def attempt(
         target = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
         final_state = None
         if output_final_state and not inplace_final_state:
-            final_state = v.new_empty((N, v.shape[2], K, K), dtype=torch.float32)
+            if initial_state is not None and ssm_state_indices is None and initial_state.dtype is torch.float32:
+                final_state = torch.empty_like(initial_state, memory_format=torch.contiguous_format)  # 1 us less
+            else:
+                final_state = v.new_empty((N, v.shape[2], K, K), dtype=torch.float32)
         _op(
             q,
             k,

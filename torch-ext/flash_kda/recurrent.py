@@ -45,7 +45,7 @@ def fused_recurrent_kda(
 
     Args:
         out: ``[B, T, HV, V]`` in q's dtype, last dimension contiguous; written in place and returned. Rows that no
-            sequence covers stay as they are. Default: a new tensor.
+            sequence covers stay as they are. May be ``v``, which it then overwrites. Default: a new tensor.
         inplace_final_state: leave the final states in ``initial_state`` and return that, in its own dtype; it must be
             contiguous unless there are indices. Default False: ``initial_state`` is not modified.
         ssm_state_indices: int32 or int64, any strides; makes ``initial_state`` a pool of any number of slots, ``[slots,

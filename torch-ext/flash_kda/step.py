@@ -1,0 +1,80 @@
+"""One token a sequence through everything between a layer's projections, in one kernel.
+
+Not public: the layers call :func:`step` where :func:`serves` says that they may.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._ops import ops
+from .prefill import HEAD_DIM
+
+TAPS = 4  # of the convolution, and columns of its state
+ALIGNMENT = 16  # bytes
+
+AVAILABLE = hasattr(ops, "layer_step")
+if AVAILABLE:
+    _native = ops.layer_step.default
+
+
+def serves(projected, beta, conv_weight, conv_bias, activation, conv_state, A_log, dt_bias, state, norm_weight) -> bool:
+    """Whether :func:`step` may run; ``projected`` are q, k, v, decay and gate. Asked where ``linears.are_few_rows`` has said
+    yes. Other calls take the functions one by one, which also say what is wrong with the arguments."""
+    N, T, C = projected[0].shape
+    bf16, either = (torch.bfloat16,), (torch.bfloat16, torch.float32)
+    return (
+        AVAILABLE
+        and T == 1
+        and conv_bias is None
+        and activation in ("silu", "swish")
+        and all(_is(x, (N, 1, C), bf16) for x in projected)
+        and _is(beta, (N, 1, C // HEAD_DIM), bf16)
+        and _is(conv_weight, (3 * C, TAPS), either)
+        and _is(conv_state, (N, 3 * C, TAPS), bf16)
+        and _is(state, (N, C // HEAD_DIM, HEAD_DIM, HEAD_DIM), (torch.float32,))
+        and _is(norm_weight, (HEAD_DIM,), either)
+        and all(x is None or x.dtype == torch.float32 and x.is_contiguous() for x in (A_log, dt_bias))
+    )
+
+
+def _is(x: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
+    return x.dtype in dtypes and x.shape == shape and x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0
+
+
+def step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    gate: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_state: torch.Tensor,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    lower_bound: float | None,
+    state: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """``short_conv`` of q, k and v with SiLU, ``fused_recurrent_kda`` with its gate, the sigmoid of beta and normalised q and
+    k, ``gated_rms_norm``: rounded to bfloat16 where these round, and nowhere else.
+
+    Args:
+        q, k, v, decay, gate: ``[N, 1, H * 128]`` bfloat16, contiguous: projections; ``decay`` and ``gate`` before theirs.
+        beta: ``[N, 1, H]`` bfloat16 logits, contiguous.
+        conv_weight, conv_state: ``[3 * H * 128, 4]`` and ``[N, 3 * H * 128, 4]``; the state is updated in place.
+        A_log, dt_bias, lower_bound: of the decay's gate, as ``fused_recurrent_kda`` takes them.
+        state: ``[N, H, 128, 128]`` float32, K-first; updated in place.
+        norm_weight, eps: of the norm.
+
+    Returns:
+        ``[N, 1, H * 128]`` bfloat16, the output projection's input.
+    """
+    out = torch.empty_like(q)
+    scale = HEAD_DIM**-0.5
+    _native(
+        q, k, v, decay, beta, gate, conv_weight, conv_state, A_log, dt_bias, state, norm_weight, out, scale, lower_bound, eps
+    )  # fmt: skip
+    return out
