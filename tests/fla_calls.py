@@ -4,6 +4,7 @@ A process of its own, because FLA's registries, imports and transformers' view o
 for each scenario and call, which backend took it and how far its result is from the fp64 recurrence.
 """
 
+import inspect
 import json
 import logging
 import os
@@ -65,9 +66,11 @@ def call(flash_kda, chunk_kda, args, **more):
     """What became of one call."""
     said.clear()
     registry_logged().clear()  # FLA says each thing once
+    known = inspect.signature(inspect.unwrap(chunk_kda)).parameters
+    names = {} if "state_v_first" in known else {"state_v_first": "transpose_state_layout"}  # in FLA 0.5.0
     with torch.inference_mode():
         try:
-            o, state = chunk_kda(**args, **more)[:2]
+            o, state = chunk_kda(**{names.get(n, n): x for n, x in args.items()}, **more)[:2]
         except Exception as error:  # FLA's Triton kernels, where there is no GPU
             return {"said": list(said), "error": type(error).__name__}
     silent = ("output_final_state", "safe_gate")
