@@ -43,7 +43,7 @@ def site(kernel, tmp_path_factory) -> Path:
 
 
 def run(*scenarios: str, site: Path | None = None, fla: tuple[Path, ...] = (APART,)) -> dict:
-    paths = [str(path) for path in (site, *fla) if path]
+    paths = [str(path) for path in (site, *fla, os.environ.get("PYTHONPATH")) if path]
     result = subprocess.run(
         [sys.executable, "-W", "ignore", Path(__file__).with_name("fla_calls.py"), *scenarios],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
@@ -108,6 +108,6 @@ def test_on_a_gpu_only_what_the_kernel_serves(outcomes):
 
 def test_importing_the_package_does_not_import_fla(site):
     code = "import sys, flash_kda; print('fla' in sys.modules, hasattr(flash_kda, 'nothing'))"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(APART)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(APART), os.environ.get("PYTHONPATH", "")])}
     printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["False", "False"]
