@@ -139,6 +139,23 @@ def test_a_library_of_this_machine_is_refused():
     assert any(problem.startswith(f"{library.name} needs ") for problem in wrong)
 
 
+@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.34"), reason="of this system nothing is newer")
+def test_a_library_for_a_newer_system_is_refused(tmp_path):
+    """glibc has had pthread_create under another version since 2.34; linked here without care, it asks for that one."""
+    source, library = tmp_path / "thread.cpp", tmp_path / "thread.abi3.so"
+    source.write_text("#include <pthread.h>\nvoid run(void* (*f)(void*)) { pthread_t t; pthread_create(&t, 0, f, 0); }")
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", library], check=True)
+    (wrong,) = release.check_library(library)
+    assert "breaks manylinux_2_28" in wrong
+
+
+def test_a_library_for_other_gpus_is_refused(hub):
+    folder = hub / "v1" / "build"
+    variant = shutil.copytree(folder / "torch-cuda", folder / "torch-stable-abi211-cu128-aarch64-linux")
+    rewrite_metadata(variant, backend={"type": "cuda", "archs": ["8.0"]})
+    assert "archs ['8.0'], build.toml says ['9.0a']" in release.check_variant(variant, SPEC, allow_dirty=True)
+
+
 def test_the_program(built, tmp_path):
     command = [sys.executable, ROOT / "tools" / "release.py", "--build", built, "--output", tmp_path / "hub"]
     result = subprocess.run([*command, "--allow-dirty"], capture_output=True, text=True, check=False)

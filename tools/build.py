@@ -172,7 +172,7 @@ def find_nvcc(given: str | None, minimum: str) -> Nvcc:
     how = (
         f"  get it: the CUDA toolkit {minimum} or newer (https://developer.nvidia.com/cuda-downloads);\n"
         "  then put nvcc on PATH, set CUDA_HOME, or pass --nvcc PATH\n"
-        "  without it: --backend torch-cuda builds the Python-only variant"
+        "  without it: torch-cuda, the Python-only variant"
     )
     if given is None:
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -256,6 +256,12 @@ def choose_variants(spec: Spec, backend: str, nvcc: str | None) -> list[Variant]
     """The variants that --backend asks for."""
     if backend == "auto":
         backend = "cuda" if find_torch().cuda else "cpu"
+        if backend == "cuda" and nvcc is None:  # PyPI's torch has CUDA on every Linux machine
+            try:
+                find_nvcc(None, spec.minimum_cuda())
+            except BuildError as error:
+                say(f"no native kernels, the PyTorch path only: {error}")
+                backend = "torch-cuda"
     python_only = {"cpu": Variant("torch-cpu", "cpu"), "torch-cuda": Variant("torch-cuda", "cuda")}
     if backend in python_only:
         return [python_only[backend]]
@@ -523,7 +529,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--backend",
         choices=["auto", "cpu", "cuda", "torch-cuda", "all"],
         default="auto",
-        help="auto (default): cuda where torch has CUDA, else cpu",
+        help="auto (default): cuda where torch has CUDA and nvcc is here, torch-cuda without nvcc, else cpu",
     )
     parser.add_argument("--nvcc", help="path of nvcc (default: CUDA_HOME, PATH, /usr/local/cuda)")
     parser.add_argument(
