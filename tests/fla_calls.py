@@ -152,6 +152,7 @@ def on_a_gpu():
         "under no_grad": frozen,
         "heads of 64": ask(inputs(D=64)),
         "float32": ask(inputs(dtype=torch.float32)),
+        "context parallelism": ask(args | {"cp_context": object()}),
         "beta of 3 heads": ask(args | {"beta": torch.zeros(1, 70, 3, dtype=torch.bfloat16)}),
         "positional": backend.verify("chunk_kda", *(args[n] for n in ("q", "k", "v", "g", "beta")), 1.0),
     }

@@ -100,6 +100,7 @@ def test_on_a_gpu_only_what_the_kernel_serves(outcomes):
         "a gradient is needed": "forward only",
         "heads of 64": "got 64 and 64",
         "float32": "bfloat16",
+        "context parallelism": "flash_kda does not support context parallelism",
         "beta of 3 heads": "beta: expected shape [1, 70, 4]",
     }.items():
         taken, said = answers[name]
