@@ -4,6 +4,7 @@ A process of its own, because FLA's registries, imports and transformers' view o
 for each scenario and call, which backend took it and how far its result is from the fp64 recurrence.
 """
 
+import functools
 import inspect
 import json
 import logging
@@ -118,13 +119,17 @@ def registered():
 
 
 def set_by_hand():
-    """The same switch, with the package as the Hub's loader hands it out."""
+    """The same switch, with the package as the Hub's loader hands it out; the tensors by position."""
     from fla.ops.kda import chunk_kda
     from kernels import get_kernel
 
+    @functools.wraps(chunk_kda)
+    def positional(q, k, v, g, beta, **options):
+        return chunk_kda(q, k, v, g, beta, **options)
+
     flash_kda = get_kernel("moonshot/flash-kda", version=1)
     flash_kda.set_backend(flash_kda.KDACudaBackend())
-    return {"softplus gate": call(flash_kda, chunk_kda, inputs(gate="softplus"))}
+    return {"softplus gate": call(flash_kda, positional, inputs(gate="softplus"))}
 
 
 def on_a_gpu():

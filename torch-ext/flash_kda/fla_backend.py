@@ -53,5 +53,7 @@ class KDACudaBackend(BaseBackend):
 
 
 def _by_name(args: tuple, kwargs: dict) -> dict:
+    if not args:  # as FLA's layers call; binding would take longer than all the rest of the hand-over
+        return kwargs
     arguments = dict(_FLA_SIGNATURE.bind(*args, **kwargs).arguments)
     return arguments | arguments.pop("kwargs", {})
