@@ -151,7 +151,8 @@ def find_torch() -> Torch:
             "  in an isolated build (uv, python -m build): add --no-build-isolation"
         )
     facts = runpy.run_path(str(root / "version.py"))  # importing torch would take seconds
-    return Torch(root, str(facts["__version__"]), facts["cuda"])
+    # The real path: compilers name headers by it, and what they name is cut by it (-ffile-prefix-map).
+    return Torch(root.resolve(), str(facts["__version__"]), facts["cuda"])
 
 
 def find_program(name: str, how: str) -> Path:
