@@ -468,7 +468,11 @@ def compile_library(spec: Spec, variant: Variant, build_id: str, tools: Tools, a
     """Run CMake and ninja; returns the shared library in the work folder."""
     work = spec.root / ".build" / (variant.directory + ("-debug" if args.debug else ""))
     write_if_changed(work / "include" / "registration.h", REGISTRATION_H.encode())
-    write_if_changed(work / "glibc.map", older_glibc_symbols().encode())
+    moved = older_glibc_symbols()
+    write_if_changed(work / "glibc.map", moved.encode())
+    # The same for our own objects: a header of torch 2.15 calls dlsym.
+    asked = (line.replace(" ", ",") for line in moved.splitlines())
+    write_if_changed(work / "glibc.h", "".join(f'__asm__(".symver {line}");\n' for line in asked).encode())
     config = work / "config.cmake"
     write_if_changed(config, cmake_config(spec, variant, build_id, tools, args.debug).encode())
     env = os.environ | {"NINJA_STATUS": "[%f/%t %es] "}
