@@ -19,7 +19,6 @@ BETAS = {
     "logits": {"use_beta_sigmoid_in_kernel": True},
     "logits-neg": {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": True},
 }
-SERVING = {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ A process of its own, because FLA's registries, imports and transformers' view o
 for each scenario and call, which backend took it and how far its result is from the fp64 recurrence.
 """
 
+import functools
+import inspect
 import json
 import logging
 import os
@@ -65,9 +67,11 @@ def call(flash_kda, chunk_kda, args, **more):
     """What became of one call."""
     said.clear()
     registry_logged().clear()  # FLA says each thing once
+    known = inspect.signature(inspect.unwrap(chunk_kda)).parameters
+    names = {} if "state_v_first" in known else {"state_v_first": "transpose_state_layout"}  # in FLA 0.5.0
     with torch.inference_mode():
         try:
-            o, state = chunk_kda(**args, **more)[:2]
+            o, state = chunk_kda(**{names.get(n, n): x for n, x in args.items()}, **more)[:2]
         except Exception as error:  # FLA's Triton kernels, where there is no GPU
             return {"said": list(said), "error": type(error).__name__}
     silent = ("output_final_state", "safe_gate")
@@ -115,13 +119,17 @@ def registered():
 
 
 def set_by_hand():
-    """The same switch, with the package as the Hub's loader hands it out."""
+    """The same switch, with the package as the Hub's loader hands it out; the tensors by position."""
     from fla.ops.kda import chunk_kda
     from kernels import get_kernel
 
+    @functools.wraps(chunk_kda)
+    def positional(q, k, v, g, beta, **options):
+        return chunk_kda(q, k, v, g, beta, **options)
+
     flash_kda = get_kernel("moonshot/flash-kda", version=1)
     flash_kda.set_backend(flash_kda.KDACudaBackend())
-    return {"softplus gate": call(flash_kda, chunk_kda, inputs(gate="softplus"))}
+    return {"softplus gate": call(flash_kda, positional, inputs(gate="softplus"))}
 
 
 def on_a_gpu():
@@ -149,12 +157,25 @@ def on_a_gpu():
         "under no_grad": frozen,
         "heads of 64": ask(inputs(D=64)),
         "float32": ask(inputs(dtype=torch.float32)),
+        "context parallelism": ask(args | {"cp_context": object()}),
         "beta of 3 heads": ask(args | {"beta": torch.zeros(1, 70, 3, dtype=torch.bfloat16)}),
         "positional": backend.verify("chunk_kda", *(args[n] for n in ("q", "k", "v", "g", "beta")), 1.0),
     }
 
 
+def tune_nothing():
+    """Tuning FLA's Triton kernels takes minutes, and which configuration runs makes no difference here."""
+    from triton.runtime.autotuner import Autotuner
+
+    init = Autotuner.__init__
+    Autotuner.__init__ = lambda self, fn, arg_names, configs, *args, **kwargs: init(
+        self, fn, arg_names, configs[:1], *args, **kwargs
+    )
+
+
 if __name__ == "__main__":
+    if CUDA:
+        tune_nothing()
     logging.getLogger("fla").setLevel(logging.INFO)
     logging.getLogger("fla").addHandler(Listener())
     print(json.dumps({scenario: globals()[scenario]() for scenario in sys.argv[1:]}))

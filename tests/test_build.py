@@ -388,7 +388,7 @@ def test_listed_source_that_is_missing(checkout, tmp_path):
     assert "torch-ext/torch_binding.h, which does not exist" in result.stderr
 
 
-def test_backend_follows_torch(monkeypatch, spec, tmp_path):
+def test_backend_follows_torch(monkeypatch, capsys, spec, tmp_path):
     nvcc = fake_nvcc(tmp_path, "13.1")
 
     def chosen(cuda: str | None, backend: str = "auto") -> list[str]:
@@ -400,6 +400,14 @@ def test_backend_follows_torch(monkeypatch, spec, tmp_path):
     assert chosen("13.1") == [native]
     assert chosen("13.1", "torch-cuda") == ["torch-cuda"]
     assert chosen(None, "all") == ["torch-cpu", "torch-cuda", native]
+
+    nvcc = None
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert chosen("13.1") == ["torch-cuda"]
+    assert "no native kernels, the PyTorch path only: nvcc was not found" in capsys.readouterr().out
+    nvcc = "/nowhere/nvcc"  # one that was asked for
+    with pytest.raises(kernel_build.BuildError, match="nvcc was not found"):
+        chosen("13.1")
 
 
 # --- the wheel ------------------------------------------------------------------------------------------------------

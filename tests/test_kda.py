@@ -663,13 +663,13 @@ def test_a_thousand_tokens(kernel, gate, lengths, monkeypatch):
 
 @pytest.mark.gpu
 def test_slabs_of_a_bounded_workspace(kernel, monkeypatch):
-    """Beyond 256 MiB of records the call runs in slabs; each sequence still gives the bits it gives alone."""
+    """Beyond 208 MiB of records the call runs in slabs; each sequence still gives the bits it gives alone."""
     monkeypatch.setenv("FLASH_KDA_STRICT", "1")
-    lengths = [4000, 3, 0, 2000, 1]
-    args = make(KERNEL, lengths=lengths, H=96)
+    H, lengths = 60, [4000, 3, 0, 500]  # too few chains for the fused kernel
+    args = make(KERNEL, lengths=lengths, H=H)
     o, state = kernel.chunk_kda(**args)
     slots = sum(lengths) // 64 + len(lengths)
-    assert slots * 96 * kernel.prefill.RECORD_BYTES > kernel.prefill.WORKSPACE_LIMIT
+    assert slots * H * kernel.prefill.RECORD_BYTES > kernel.prefill.WORKSPACE_LIMIT
     start = 0
     for n, length in enumerate(lengths):
         span = {name: args[name][:, start : start + length] for name in ("q", "k", "v", "g", "beta")}

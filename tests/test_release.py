@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import KERNELS_CI, REPO_ID, ROOT
+from kernels.variants import parse_variant, resolve_variant
 
 sys.path.insert(0, str(ROOT / "tools"))
 import build as kernel_build
@@ -137,6 +139,23 @@ def test_a_library_of_this_machine_is_refused():
     assert any(problem.startswith(f"{library.name} needs ") for problem in wrong)
 
 
+@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.34"), reason="of this system nothing is newer")
+def test_a_library_for_a_newer_system_is_refused(tmp_path):
+    """glibc has had pthread_create under another version since 2.34; linked here without care, it asks for that one."""
+    source, library = tmp_path / "thread.cpp", tmp_path / "thread.abi3.so"
+    source.write_text("#include <pthread.h>\nvoid run(void* (*f)(void*)) { pthread_t t; pthread_create(&t, 0, f, 0); }")
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", library], check=True)
+    (wrong,) = release.check_library(library)
+    assert "breaks manylinux_2_28" in wrong
+
+
+def test_a_library_for_other_gpus_is_refused(hub):
+    folder = hub / "v1" / "build"
+    variant = shutil.copytree(folder / "torch-cuda", folder / "torch-stable-abi211-cu128-aarch64-linux")
+    rewrite_metadata(variant, backend={"type": "cuda", "archs": ["8.0"]})
+    assert "archs ['8.0'], build.toml says ['9.0a']" in release.check_variant(variant, SPEC, allow_dirty=True)
+
+
 def test_the_program(built, tmp_path):
     command = [sys.executable, ROOT / "tools" / "release.py", "--build", built, "--output", tmp_path / "hub"]
     result = subprocess.run([*command, "--allow-dirty"], capture_output=True, text=True, check=False)
@@ -216,17 +235,41 @@ def test_only_a_tag_uploads_and_only_what_was_checked():
     assert set(jobs["upload"]["needs"]) == {"check", "gpu"} and jobs["gpu"]["needs"] == "check"
 
 
-def test_the_workflow_requires_every_promised_variant():
+def promised_variants() -> set[str]:
     (check,) = [s["run"] for s in workflow("build.yml")["jobs"]["check"]["steps"] if s.get("name") == "Check"]
-    required = set(check.split("--require ")[1].split())
+    return set(check.split("--require ")[1].split())
+
+
+def test_the_workflow_requires_every_promised_variant():
+    required = promised_variants()
     native = {f"torch-stable-abi211-cu{c}-{a}-linux" for c in (128, 129, 130) for a in ("x86_64", "aarch64")}
     assert required == {"torch-cpu", "torch-cuda"} | native
     assert all(release.card_names(release.render_card(SPEC), name) for name in required)
 
 
+@pytest.mark.parametrize(
+    "version, cuda, machine, chosen",
+    [
+        ("2.11.0", "12.8", "x86_64", "torch-stable-abi211-cu128-x86_64-linux"),
+        ("2.13.0", "12.9", "x86_64", "torch-stable-abi211-cu129-x86_64-linux"),
+        ("2.15.0", "13.2", "x86_64", "torch-stable-abi211-cu130-x86_64-linux"),  # the newest up to torch's own
+        ("2.11.0", "13.0", "aarch64", "torch-stable-abi211-cu130-aarch64-linux"),
+        ("2.10.0", "13.0", "x86_64", "torch-cuda"),
+        ("2.11.0", "12.6", "x86_64", "torch-cuda"),
+        ("2.11.0", None, "x86_64", "torch-cpu"),
+    ],
+)
+def test_the_loader_chooses_among_the_promised_variants(monkeypatch, version, cuda, machine, chosen):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert resolve_variant([parse_variant(name) for name in promised_variants()])[0].variant_str == chosen
+
+
 def test_the_released_build_is_tested_with_something():
+    files = [f"tests/{name}.py" for name in (*KERNELS_CI, "test_build")]  # one that is not, too
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "kernels_ci", "-p", "no:cacheprovider"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    listed = subprocess.run([*command, *files], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert set(re.findall(r"^tests/(\w+)\.py::", listed, re.MULTILINE)) == KERNELS_CI
 
 

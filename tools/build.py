@@ -151,7 +151,8 @@ def find_torch() -> Torch:
             "  in an isolated build (uv, python -m build): add --no-build-isolation"
         )
     facts = runpy.run_path(str(root / "version.py"))  # importing torch would take seconds
-    return Torch(root, str(facts["__version__"]), facts["cuda"])
+    # The real path: compilers name headers by it, and what they name is cut by it (-ffile-prefix-map).
+    return Torch(root.resolve(), str(facts["__version__"]), facts["cuda"])
 
 
 def find_program(name: str, how: str) -> Path:
@@ -172,7 +173,7 @@ def find_nvcc(given: str | None, minimum: str) -> Nvcc:
     how = (
         f"  get it: the CUDA toolkit {minimum} or newer (https://developer.nvidia.com/cuda-downloads);\n"
         "  then put nvcc on PATH, set CUDA_HOME, or pass --nvcc PATH\n"
-        "  without it: --backend torch-cuda builds the Python-only variant"
+        "  without it: torch-cuda, the Python-only variant"
     )
     if given is None:
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -256,6 +257,12 @@ def choose_variants(spec: Spec, backend: str, nvcc: str | None) -> list[Variant]
     """The variants that --backend asks for."""
     if backend == "auto":
         backend = "cuda" if find_torch().cuda else "cpu"
+        if backend == "cuda" and nvcc is None:  # PyPI's torch has CUDA on every Linux machine
+            try:
+                find_nvcc(None, spec.minimum_cuda())
+            except BuildError as error:
+                say(f"no native kernels, the PyTorch path only: {error}")
+                backend = "torch-cuda"
     python_only = {"cpu": Variant("torch-cpu", "cpu"), "torch-cuda": Variant("torch-cuda", "cuda")}
     if backend in python_only:
         return [python_only[backend]]
@@ -461,7 +468,11 @@ def compile_library(spec: Spec, variant: Variant, build_id: str, tools: Tools, a
     """Run CMake and ninja; returns the shared library in the work folder."""
     work = spec.root / ".build" / (variant.directory + ("-debug" if args.debug else ""))
     write_if_changed(work / "include" / "registration.h", REGISTRATION_H.encode())
-    write_if_changed(work / "glibc.map", older_glibc_symbols().encode())
+    moved = older_glibc_symbols()
+    write_if_changed(work / "glibc.map", moved.encode())
+    # The same for our own objects: a header of torch 2.15 calls dlsym.
+    asked = (line.replace(" ", ",") for line in moved.splitlines())
+    write_if_changed(work / "glibc.h", "".join(f'__asm__(".symver {line}");\n' for line in asked).encode())
     config = work / "config.cmake"
     write_if_changed(config, cmake_config(spec, variant, build_id, tools, args.debug).encode())
     env = os.environ | {"NINJA_STATUS": "[%f/%t %es] "}
@@ -523,7 +534,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--backend",
         choices=["auto", "cpu", "cuda", "torch-cuda", "all"],
         default="auto",
-        help="auto (default): cuda where torch has CUDA, else cpu",
+        help="auto (default): cuda where torch has CUDA and nvcc is here, torch-cuda without nvcc, else cpu",
     )
     parser.add_argument("--nvcc", help="path of nvcc (default: CUDA_HOME, PATH, /usr/local/cuda)")
     parser.add_argument(

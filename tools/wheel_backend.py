@@ -25,17 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def choose(spec: Spec, settings: dict | None) -> Variant:
-    backend = (settings or {}).get("backend")
-    if backend is None:
-        backend = "cpu"
-        if kernel_build.find_torch().cuda:
-            try:
-                kernel_build.find_nvcc(None, spec.minimum_cuda())
-                backend = "cuda"
-            except BuildError as error:
-                kernel_build.say(f"no native kernels, the PyTorch path only: {error}")
-                backend = "torch-cuda"
-    return kernel_build.choose_variants(spec, backend, None)[0]
+    return kernel_build.choose_variants(spec, (settings or {}).get("backend", "auto"), None)[0]
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:

@@ -107,7 +107,7 @@ struct PrefillParams {
   int64_t workspace_bytes = 0;
 };
 
-// Bytes of workspace that a call needs, at most 256 MiB (or one chunk of every head, where that is more); with more it
+// Bytes of workspace that a call needs, at most 208 MiB (or one chunk of every head, where that is more); with more it
 // may run in fewer launches. Mirrored by flash_kda.prefill.workspace_size, which tests compare against this.
 int64_t prefill_workspace_size(int64_t tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed);
 

@@ -13,7 +13,7 @@
 namespace kda {
 namespace {
 
-constexpr int64_t kWorkspaceLimit = int64_t(256) << 20;
+constexpr int64_t kWorkspaceLimit = int64_t(208) << 20;
 constexpr int64_t kLeastSlab = 64;     // slots, below which a slab is not worth its launches
 constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
 

@@ -77,7 +77,7 @@ struct Sequences {
 // Which schedule a call of packed sequences takes depends on their lengths, which only the device knows: the fused kernel, launched
 // first, decides and leaves its answer for the others. Costs are measured ones, in microseconds on an H200.
 struct Choice {
-  static constexpr float kFusedChunk = 6.7f;   // of a chain in the fused kernel, one chain an SM
+  static constexpr float kFusedChunk = 6.3f;   // of a chain in the fused kernel, one chain an SM
   static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card
   static constexpr float kSplitStep = 1.f;     // of a chain in the recurrence
 

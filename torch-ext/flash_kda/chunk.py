@@ -151,7 +151,7 @@ def get_workspace_size(tokens: int, heads: int, num_sequences: int = 1) -> int:
     """Bytes of workspace that :func:`fwd` wants at most, wherever it starts.
 
     Never falls when ``tokens`` or ``num_sequences`` grows, so what suits the largest batch suits every other. At most
-    256 MiB, or one chunk of every head where that is more. Name and arguments are FlashKDA's.
+    208 MiB, or one chunk of every head where that is more. Name and arguments are FlashKDA's.
 
     Args:
         tokens: B * T; with ``cu_seqlens``, the length of the packed buffer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 
 import torch
@@ -25,7 +26,8 @@ _CHECKED = (inspect.signature(check_call).parameters.keys() & _OPTIONS.keys()) -
 class KDACudaBackend(BaseBackend):
     """Serves ``fla.ops.kda.chunk_kda`` where :func:`flash_kda.chunk_kda` has a kernel, or FLA has none."""
 
-    backend_type = "flash_kda"  # replaces FLA's own backend of this name
+    # The name of FLA's own adapter, whose place this takes; it was another before FLA 0.5.2.
+    backend_type = "flashkda" if importlib.util.find_spec("fla.ops.kda.backends.flashkda") else "flash_kda"
     env_var = "FLA_FLASH_KDA"
     priority = 3
 
@@ -51,5 +53,7 @@ class KDACudaBackend(BaseBackend):
 
 
 def _by_name(args: tuple, kwargs: dict) -> dict:
+    if not args:  # as FLA's layers call; binding would take longer than all the rest of the hand-over
+        return kwargs
     arguments = dict(_FLA_SIGNATURE.bind(*args, **kwargs).arguments)
     return arguments | arguments.pop("kwargs", {})

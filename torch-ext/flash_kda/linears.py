@@ -12,7 +12,6 @@ from ._ops import ops
 from .dispatch import _capability
 
 MOST_ROWS = 32  # of the kernel; more rows are the matrix libraries' business
-MOST_LINEARS = 6
 
 AVAILABLE = hasattr(ops, "few_row_linears")
 if AVAILABLE:

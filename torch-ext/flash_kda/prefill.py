@@ -16,7 +16,7 @@ CHUNK = 64
 RECORD_BYTES = 66304
 STATE_BYTES = HEAD_DIM * HEAD_DIM * 4
 # Longer calls run in slabs that take turns in this much; a slab hands the states of its heads to the next.
-WORKSPACE_LIMIT = 256 << 20
+WORKSPACE_LIMIT = 208 << 20
 FLAG_BYTES = 256  # which schedule the lengths of packed sequences asked for
 ALIGNMENT = 16  # bytes: TMA reads rows at such addresses and strides
 WORKSPACE_ALIGNMENT = 256  # bytes
@@ -31,7 +31,7 @@ if AVAILABLE:
 
 
 def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int, packed: bool) -> int:
-    """Bytes of workspace for a call of these sizes: at most 256 MiB, or one chunk of every head where that is more."""
+    """Bytes of workspace for a call of these sizes: at most 208 MiB, or one chunk of every head where that is more."""
     slots = tokens // CHUNK + num_sequences if packed else batch * -(-tokens // CHUNK)
     slot_bytes = value_heads * RECORD_BYTES
     fixed = FLAG_BYTES + 2 * value_heads * STATE_BYTES
