@@ -11,7 +11,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 REPO_ID = "moonshot/flash-kda"
 # What a released build is tested with on a GPU runner: `pytest -m kernels_ci`, the Hub's own name for such tests
-KERNELS_CI = {"test_decode", "test_dispatch", "test_kda", "test_layer_kernels", "test_report", "test_serving"}
+KERNELS_CI = {
+    "test_decode",
+    "test_dispatch",
+    "test_kda",
+    "test_layer_kernels",
+    "test_prefill_states",
+    "test_report",
+    "test_serving",
+}
 
 
 def pytest_configure(config):

@@ -136,7 +136,9 @@ def test_opcheck(kernel, p, lengths, grad):
 def test_opcheck_in_place(kernel, p):
     args = make(p, lengths=[40, 30])
     out, state = torch.zeros_like(args["v"]), make_state(p, args)
-    torch.library.opcheck(kernel.dispatch._kda_into_op, (*op_arguments(kernel, args), out, state, None))
+    torch.library.opcheck(
+        kernel.dispatch._kda_into_op, (*op_arguments(kernel, args), out, state, None, *kernel.contract.PrefillStates())
+    )
 
 
 def test_opcheck_backward(kernel, p):

@@ -73,7 +73,7 @@ class PrefillStates(NamedTuple):
     """Where the states of a prefill lie, beside its :class:`Call`, whose ``initial_state`` is the pool where there are
     indices. The order of the fields is that of the ops' arguments."""
 
-    ssm_state_indices: torch.Tensor | None  # [N]
+    ssm_state_indices: torch.Tensor | None = None  # [N]
     has_initial_state: torch.Tensor | None = None  # [N] bool
     final_state_in_slots: bool = False  # else [N, HV, K, V]
     min_state_index: int = 0

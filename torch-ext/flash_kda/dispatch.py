@@ -141,7 +141,7 @@ def execute_into(
     """Runs a call into the caller's tensors. Not differentiable."""
     with torch.no_grad():
         if torch.compiler.is_compiling():
-            _kda_into_op(*call, out, final_state, workspace, *(states or ()))
+            _kda_into_op(*call, out, final_state, workspace, *(states or PrefillStates()))
         else:
             run(call, out, final_state, workspace=workspace, states=states)
 
@@ -222,13 +222,13 @@ def _(*args):
     add_op_namespace_prefix("kda_into"),
     mutates_args=("out", "final_state", "workspace", "checkpoint_state"),
     schema=f"({_CALL_SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!)? workspace, "
-    "Tensor? ssm_state_indices=None, Tensor? has_initial_state=None, bool final_state_in_slots=False, "
-    "int min_state_index=0, Tensor(d!)? checkpoint_state=None, Tensor? checkpoint_offsets=None, "
-    "Tensor? checkpoint_indices=None, Tensor? checkpoint_indptr=None) -> ()",
+    "Tensor? ssm_state_indices, Tensor? has_initial_state, bool final_state_in_slots, int min_state_index, "
+    "Tensor(d!)? checkpoint_state, Tensor? checkpoint_offsets, Tensor? checkpoint_indices, Tensor? checkpoint_indptr) -> ()",
 )
 def _kda_into_op(*args) -> None:
     out, final_state, workspace = args[_FIELDS : _FIELDS + 3]
-    states = PrefillStates(*args[_FIELDS + 3 :]) if len(args) > _FIELDS + 3 else None
+    states = PrefillStates(*args[_FIELDS + 3 :])  # all given: torch 2.11 cannot leave out an argument that it may write
+    states = states if any(x is not None for x in states[:2] + states[4:]) else None
     run(Call(*args[:_FIELDS]), out, final_state, workspace=workspace, states=states)
 
 
