@@ -37,7 +37,7 @@ struct CheckpointList {
   __device__ __forceinline__ int64_t tokens_before(int64_t i) const {
     if (i >= last) return 0;
     int64_t const offset = load_index(p.offsets.data, at(p.offsets, i), p.offsets.is_int64);
-    return offset > 0 && offset % kCheckpoint == 0 && offset <= length ? offset : 0;
+    return offset > 0 && offset % p.multiple == 0 && offset <= length ? offset : 0;
   }
   // How many chunks lie wholly before that; -1 for none wanted.
   __device__ __forceinline__ int chunks_before(int64_t i) const {

@@ -7,9 +7,8 @@
 
 namespace kda {
 
-constexpr int kHeadDim = 128;    // K = V, the only head dimension of the CUDA kernels
-constexpr int kChunk = 64;       // tokens a chunk
-constexpr int kCheckpoint = 16;  // tokens: a state inside a sequence comes at multiples
+constexpr int kHeadDim = 128;  // K = V, the only head dimension of the CUDA kernels
+constexpr int kChunk = 64;     // tokens a chunk
 
 enum class Dtype : int { kBf16 = 0, kFp32 = 1 };
 enum class Gate : int {
@@ -56,9 +55,9 @@ struct StateParams {
   int64_t has_initial_stride = 0;
 };
 
-// States inside sequences, at multiples of 16 tokens. Entry (n, i) of [N, columns] asks for the state of sequence n after
+// States inside sequences, at multiples of 16 or 64 tokens. Entry (n, i) of [N, columns] asks for the state of sequence n after
 // `offsets` tokens in slot `slots`; with `indptr` sequence n has the entries indptr[n] up to, without, indptr[n + 1] of
-// one row. An offset that is no positive multiple of 16 within the sequence, and a slot outside [min_slot, num_slots), ask
+// one row. An offset that is no positive `multiple` within the sequence, and a slot outside [min_slot, num_slots), ask
 // for nothing.
 struct CheckpointParams {
   StateView states;  // data null: no checkpoints
@@ -69,6 +68,7 @@ struct CheckpointParams {
   int64_t columns = 0;
   const void* indptr = nullptr;  // [N + 1], or null
   bool indptr_is_int64 = false;
+  int multiple = 16;  // or 64, which spares the launches for what lies between
 };
 
 struct PrefillParams {

@@ -314,7 +314,8 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
     cudaError_t const error = launch_it(recurrence, stream);
     if (error != cudaSuccess) return error;
   }
-  return p.checkpoints.states.data != nullptr ? launch_pieces(p, prepare, recurrence, stream) : cudaSuccess;
+  bool const between = p.checkpoints.states.data != nullptr && p.checkpoints.multiple < kChunk;
+  return between ? launch_pieces(p, prepare, recurrence, stream) : cudaSuccess;
 }
 
 }  // namespace kda

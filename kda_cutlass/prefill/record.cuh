@@ -32,20 +32,20 @@ constexpr int kRecordPanelBytes = 8 * 64 * kPanelRowBytes;
 constexpr int kRecordBytes = sizeof(Record);
 static_assert(kRecordBytes == 66304, "flash_kda.prefill.workspace_size knows this size");
 
-// Chunks are numbered by slots: sequence n owns the slots from slot_base(n) on. With cu_seqlens the base is
-// cu[n] / 64 + n, which leaves room for every partial chunk without a scan or a look at the lengths on the host.
-// Or they are pieces of sequences, of one chunk or less each, listed in device memory.
+// A chunk or less of a sequence, as a sequence of its own.
 struct alignas(16) Piece {
   int first_token, tokens, batch;
   int slot;  // of its state
 };
+// Chunks are numbered by slots: sequence n owns the slots from slot_base(n) on. With cu_seqlens the base is
+// cu[n] / 64 + n, which leaves room for every partial chunk without a scan or a look at the lengths on the host.
 struct Sequences {
   const void* cu_seqlens;
   bool is_int64;
   int num_seqs;
   int chunks_per_seq;  // without cu_seqlens
   int64_t tokens;
-  Piece const* pieces = nullptr;  // without cu_seqlens, and chunks_per_seq = 1
+  Piece const* pieces = nullptr;  // not null: these, without cu_seqlens and with chunks_per_seq = 1
 
   __device__ __forceinline__ bool packed() const { return cu_seqlens != nullptr; }
   __device__ __forceinline__ int64_t cu(int n) const {

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   int const begin = max(p.slab.begin - slot_base, 0);
   int const end = max(min(p.slab.end - slot_base, chunks), begin);
   // Pieces that lead to checkpoints have no outputs, and nothing to do without tokens.
-  bool const only_state = chunks == 0 && p.slab.begin == 0 && p.out.data != nullptr;
+  bool const only_state = chunks == 0 && p.slab.begin == 0 && p.sequences.pieces == nullptr;
   if (begin == end && !only_state) return;
   if (only_state && slice == 0) p.out.store_zeros(p.sequences, seq, head, threadIdx.x, Shape::kThreads);
 
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
       int const w = warp - 4 * kWarpgroups - 1, unit = lane % 8;
       bf16* out = p.out.data + p.out.stride_batch * batch + p.out.stride_token * (first_chunk_token + lane / 8) +
                   p.out.stride_head * head + kValueTile * (slice * kWarpgroups + w) + 8 * unit;
-      int64_t tokens = p.out.data != nullptr ? first_token + length - first_chunk_token : 0;
+      int64_t tokens = p.sequences.pieces == nullptr ? first_token + length - first_chunk_token : 0;
       for (int i = 0; i < steps; ++i, tokens -= kChunk) {
         EmptyBarrier::wait(&smem.out_full[w], i & 1);
 #pragma unroll 4
