@@ -57,8 +57,8 @@ struct StateParams {
 
 // States inside sequences, at multiples of 16 or 64 tokens. Entry (n, i) of [N, columns] asks for the state of sequence n after
 // `offsets` tokens in slot `slots`; with `indptr` sequence n has the entries indptr[n] up to, without, indptr[n + 1] of
-// one row. An offset that is no positive `multiple` within the sequence, and a slot outside [min_slot, num_slots), ask
-// for nothing.
+// one row. An offset that is not positive, past the sequence's end or no multiple of `multiple`, and a slot outside
+// [min_slot, num_slots), ask for nothing.
 struct CheckpointParams {
   StateView states;  // data null: no checkpoints
   int64_t min_slot = 0;
