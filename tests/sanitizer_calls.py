@@ -83,7 +83,7 @@ def pooled_prefill(H, T, N, *, state, v_first, checkpoints=False):
     slots = torch.arange(N, device="cuda") - 1  # the first is padding
     options = {}
     if checkpoints:
-        offsets = torch.tensor([64, 1 << 40, 128, 50] * N, device="cuda").view(N, 4)
+        offsets = torch.tensor([64, 48, 128, 1 << 40] * N, device="cuda").view(N, 4)
         options = dict(checkpoint_state=pool, checkpoint_offsets=offsets)
         options["checkpoint_indices"] = torch.arange(N, 5 * N, device="cuda").view(N, 4)
     kernel.fwd(

@@ -76,8 +76,10 @@ def assert_close(actual, expected, tolerance):
         assert error <= tolerance, error
 
 
-def state_tolerance(p, dtype):
-    return p.tol_s + (BF16_STATE if dtype == torch.bfloat16 else 0)
+def state_tolerance(p, dtype, offset=0):
+    """With the offset of a checkpoint: between chunks the kernels round it twice."""
+    roundings = 2 if offset % 64 else 1
+    return p.tol_s + (roundings * BF16_STATE if dtype == torch.bfloat16 else 0)
 
 
 # --- pools
@@ -319,13 +321,107 @@ def test_every_chunk_of_a_long_sequence(kernel, p, length):
     assert all(not torch.equal(a, b) for a, b in zip(ours, ours[1:]))
 
 
+@pytest.mark.parametrize("v_first", [True, False], ids=["V-first", "K-first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "fixed"])
+@pytest.mark.parametrize("H", [2, 70], ids=["two-a-head", "one-a-head"])
+def test_checkpoints_between_chunks(kernel, p, H, packed, dtype, v_first):
+    """At multiples of 16 tokens beside those of 64, in the first chunk and at the end, one of them twice; padding, a slot
+    of nobody, a sequence that starts from zero."""
+    if H == 70 and p.K != 128:
+        pytest.skip("the kernels' matter")
+    lengths = [208, 48, 15, 130] if packed else [112] * 4
+    args = fwd_args(p, lengths=lengths, H=H, state_v_first=v_first) if packed else None
+    args = args or fwd_args(p, B=4, T=112, H=H, state_v_first=v_first)
+    pool, buffer = make_pool(p, args, 20, dtype, gap=8)
+    pool[3] = math.nan  # where the last one would start
+    before = buffer.clone()
+    slots = [1, 2, -1, 3]
+    offsets = [[208, 80, 64, 80], [48, 16, 24, 32], [16, 48, 64, 0], [16, 128, -16, 112]]
+    targets = [[5, 6, 7, 8], [9, 10, 11, 20], [12, 13, 14, 15], [16, 17, 18, 19]]
+    kernel.fwd(
+        **args,
+        initial_state=pool,
+        final_state=pool,
+        ssm_state_indices=torch.tensor(slots, device=p.device),
+        has_initial_state=torch.tensor([True, True, True, False], device=p.device),
+        checkpoint_state=pool,
+        checkpoint_offsets=torch.tensor(offsets, dtype=torch.int32, device=p.device),
+        checkpoint_indices=torch.tensor(targets, dtype=torch.int32, device=p.device),
+    )
+    size = pool[0].numel()
+    was = before[:, :size].view(pool.shape)
+    written = set()
+    for n in (0, 1, 3):
+        b, first, last = spans_of(args)[n]
+        asked = zip(offsets[n], targets[n])
+        wanted = {i: x for x, i in asked if 0 < x <= last - first and x % 16 == 0 and i < 20}
+        start = torch.zeros_like(was[0]) if n == 3 else was[slots[n]]
+        o, states = walk(kernel, args, n, start, wanted.values())
+        assert_close(args["out"][b, first:last], o, p.tol_o)
+        for i, x in wanted.items():
+            assert_close(pool[i], states[x], state_tolerance(p, dtype, x))
+        assert_close(pool[slots[n]], states[last - first], state_tolerance(p, dtype))
+        written |= {*wanted, slots[n]}
+    assert len(written) == (12 if packed else 10)
+    if packed:
+        assert torch.equal(pool[6], pool[8])
+    still = [i for i in range(20) if i not in written]
+    assert torch.equal(buffer[still], before[still]) and torch.equal(buffer[:, size:], before[:, size:])
+
+
+def test_every_sixteenth_token(kernel, p):
+    """More of them than the workspace holds records, by `checkpoint_indptr`, which passes over the first and the last entry: the
+    bits of a run that is cut there."""
+    length = 64 * 40 + 30
+    args = fwd_args(p, lengths=[5, length, 17])
+    count = length // 16
+    offsets = [16, *(16 * (i + 1) for i in reversed(range(count))), 16, 16]
+    states = torch.full((len(offsets), 2, p.V, p.K), 7.0, device=p.device)
+    initial, _ = make_pool(p, args, 3)
+    kernel.fwd(
+        **args,
+        initial_state=initial,
+        checkpoint_state=states,
+        checkpoint_offsets=torch.tensor(offsets, device=p.device),
+        checkpoint_indptr=torch.tensor([1, 1, count + 1, count + 2], dtype=torch.int32, device=p.device),
+    )
+    assert (states[[0, -1]] == 7).all()
+    ours = states[1 : count + 1].flip(0)
+    for n, cut, state in [(1, 16 * i, ours[i - 1]) for i in (1, 3, 4, 6, 81, count)] + [(2, 16, states[-2])]:
+        first = spans_of(args)[n][1]
+        piece = {name: args[name][:, first : first + cut] for name in (*TENSORS, "out")}
+        end = torch.empty(1, 2, p.V, p.K, device=p.device)
+        kernel.fwd(**{**args, **piece, "cu_seqlens": None}, initial_state=initial[n : n + 1], final_state=end)
+        if p.on_kernel:
+            assert torch.equal(state, end[0])
+        else:
+            assert relative_error(state, end[0]) <= p.tol_s
+    assert all(not torch.equal(a, b) for a, b in zip(ours, ours[1:]))
+
+
+def test_who_wants_whole_chunks_only_says_so(kernel, p):
+    """`checkpoint_multiple=64`: nothing at other offsets, the same bits at these."""
+    args = fwd_args(p, lengths=[150, 70])
+    offsets = torch.tensor([[64, 80, 128], [48, 64, 16]], device=p.device)
+    states = [torch.full((6, 2, p.V, p.K), 7.0, device=p.device) for _ in range(2)]
+    for kept, multiple in zip(states, (16, 64)):
+        kernel.fwd(**args, checkpoint_state=kept, checkpoint_offsets=offsets, checkpoint_multiple=multiple)
+    assert not any((x == 7).all() for x in states[0]) and all((states[1][i] == 7).all() for i in (1, 3, 5))
+    for i in (0, 2, 4):
+        if p.on_kernel:
+            assert torch.equal(states[0][i], states[1][i])
+        else:
+            assert relative_error(states[0][i], states[1][i]) <= p.tol_s
+
+
 def test_checkpoints_change_no_bit(kernel, p):
     args = fwd_args(p, lengths=[200, 70], H=3)
     state, _ = make_pool(p, args, 2)
     finals = [torch.empty_like(state) for _ in range(2)]
     outs = [torch.empty_like(args["out"]) for _ in range(2)]
     kept = torch.empty_like(state)
-    options = {"checkpoint_state": kept, "checkpoint_offsets": torch.tensor([128, 64], device=p.device)}
+    options = {"checkpoint_state": kept, "checkpoint_offsets": torch.tensor([144, 64], device=p.device)}
     for final, out, checkpoints in zip(finals, outs, ({}, options)):
         kernel.fwd(**{**args, "out": out}, initial_state=state, final_state=final, **checkpoints)
     if p.on_kernel:
@@ -339,9 +435,9 @@ def test_checkpoints_of_vllm(kernel, p, form):
     args = fwd_args(p, lengths=[128, 70], gate="lower_bound")
     shape = (2, p.V, p.K)
     named = {
-        "[N]": (torch.empty(2, *shape, device=p.device), [64, 64], None),
-        "[N, C]": (torch.empty(2, 2, *shape, device=p.device), [[64, 128], [64, 0]], None),
-        "indptr": (torch.empty(3, *shape, device=p.device), [64, 128, 64], [0, 2, 3]),
+        "[N]": (torch.empty(2, *shape, device=p.device), [48, 64], None),
+        "[N, C]": (torch.empty(2, 2, *shape, device=p.device), [[48, 128], [64, 0]], None),
+        "indptr": (torch.empty(3, *shape, device=p.device), [48, 128, 64], [0, 2, 3]),
     }
     states, offsets, indptr = named[form]
     tensors = [torch.tensor(x, dtype=torch.int32, device=p.device) if x else None for x in (offsets, indptr)]
@@ -350,7 +446,7 @@ def test_checkpoints_of_vllm(kernel, p, form):
     tail = (None, None, args["cu_seqlens"], states, *tensors)
     kernel.vllm.fwd(*inputs, args["q"].shape[-1] ** -0.5, args["out"], None, *gate, *tail)
     flat = states.reshape(-1, *shape)
-    found = {"[N]": {(0, 64): 0, (1, 64): 1}, "[N, C]": {(0, 64): 0, (0, 128): 1, (1, 64): 2}}
+    found = {"[N]": {(0, 48): 0, (1, 64): 1}, "[N, C]": {(0, 48): 0, (0, 128): 1, (1, 64): 2}}
     found["indptr"] = found["[N, C]"]
     for (n, position), i in found[form].items():
         expected = walk(kernel, args, n, torch.zeros_like(flat[0]), [position])[1][position]
@@ -391,12 +487,13 @@ def test_random_steps(kernel, p, data):
     pick = lambda: data.draw(wrong) if data.draw(st.integers(0, 5)) == 0 else next(order)  # noqa: E731
     slots = [pick() for _ in range(N)]
     targets = [[pick() for _ in range(C)] for _ in range(N)]
-    positions = st.sampled_from([-64, -1, 0, 10, 64, 100, 128, 192, 256])
+    positions = st.sampled_from([-64, -16, -1, 0, 10, 16, 48, 64, 80, 100, 112, 128, 144, 176, 192, 256])
+    multiple = data.draw(st.sampled_from([16, 16, 64]), "checkpoint_multiple")
     offsets = [[data.draw(positions, "offset") for _ in range(C)] for _ in range(N)]
     mask = [data.draw(st.booleans(), "has state") for _ in range(N)] if data.draw(st.booleans(), "mask") else None
     valid = lambda i: min_state_index <= i < count  # noqa: E731
     before, was = buffer.clone(), pool.double()
-    expected, zero = {}, []
+    expected, zero, between = {}, [], set()
     o_expected = torch.full_like(args["out"], 7.0, dtype=torch.float64)
     for n, (b, first, last) in enumerate(spans_of(args)):
         if not valid(slots[n]):
@@ -404,18 +501,22 @@ def test_random_steps(kernel, p, data):
             zero.append((b, first, last))
             continue
         start = was[slots[n]] if mask is None or mask[n] else torch.zeros_like(was[0])
-        wanted = [(x, i) for x, i in zip(offsets[n], targets[n]) if 0 < x <= lengths[n] and x % 64 == 0 and valid(i)]
+        wanted = [
+            (x, i) for x, i in zip(offsets[n], targets[n]) if 0 < x <= lengths[n] and x % multiple == 0 and valid(i)
+        ]
+        between |= {i for x, i in wanted if x % 64}
         o_expected[b, first:last], states = walk(kernel, args, n, start, [x for x, _ in wanted])
         expected |= {i: states[x] for x, i in wanted} | {slots[n]: states[lengths[n]]}
     checkpoints = {}
     if C:
         checkpoints = {
             "checkpoint_state": pool,
+            "checkpoint_multiple": multiple,
             "checkpoint_offsets": torch.tensor(offsets, device=p.device),
             "checkpoint_indices": torch.tensor(targets, device=p.device),
         }
         if data.draw(st.booleans(), "indptr"):
-            checkpoints = {name: x.flatten() if x is not pool else x for name, x in checkpoints.items()}
+            checkpoints = checkpoints | {name: checkpoints[name].flatten() for name in list(checkpoints)[2:]}
             checkpoints["checkpoint_indptr"] = torch.arange(0, N * C + 1, C, device=p.device)
     kernel.fwd(
         **args,
@@ -430,7 +531,7 @@ def test_random_steps(kernel, p, data):
     assert all((args["out"][b, first:last] == 0).all() for b, first, last in zero)
     assert not packed or (args["out"][:, sum(lengths) :] == 7).all()
     for slot, state in expected.items():
-        assert_close(pool[slot], state, 2 * p.tol_s + (BF16_STATE if dtype == torch.bfloat16 else 0))
+        assert_close(pool[slot], state, p.tol_s + state_tolerance(p, dtype, 16 if slot in between else 0))
     still = [i for i in range(count) if i not in expected]
     assert torch.equal(buffer[still], before[still])
     assert torch.equal(buffer[:, pool[0].numel() :], before[:, pool[0].numel() :])
@@ -454,7 +555,7 @@ def test_what_indices_hold_leads_nowhere(kernel, p):
                     final_state=inner,
                     ssm_state_indices=tensor(entries),
                     checkpoint_state=inner,
-                    checkpoint_offsets=tensor([64, big - 1]),
+                    checkpoint_offsets=tensor([48, big - 1]),
                     checkpoint_indices=tensor(entries[::-1]),
                     checkpoint_indptr=tensor(indptr),
                 )
@@ -572,6 +673,11 @@ BAD = {
         ValueError,
         r"checkpoint_indices: expected shape \[2, 2\] \(that of checkpoint_offsets\), got \[2, 1\]",
     ),
+    "checkpoint multiple": (
+        lambda a: {"checkpoint_multiple": 32},
+        ValueError,
+        "checkpoint_multiple: expected 16 or 64, got 32",
+    ),
     "checkpoint dtype": (
         lambda a: {"checkpoint_state": a["checkpoint_state"].half()},
         TypeError,
@@ -608,9 +714,10 @@ def test_offsets_are_validated_on_request(kernel, p, monkeypatch):
     monkeypatch.setenv("FLASH_KDA_VALIDATE", "1")
     call = good_call(p)
     kernel.fwd(**call)
-    call["checkpoint_offsets"][0, 0] = 48
-    with pytest.raises(ValueError, match="checkpoint_offsets: expected multiples of 64 tokens, .*, got 48"):
-        kernel.fwd(**call)
+    for multiple, offset in ((64, 48), (16, 50)):
+        call["checkpoint_offsets"][0, 0] = offset
+        with pytest.raises(ValueError, match=f"checkpoint_offsets: expected multiples of {multiple} .*, got {offset}"):
+            kernel.fwd(**call, checkpoint_multiple=multiple)
 
 
 def test_every_argument_is_documented(kernel):
@@ -653,7 +760,7 @@ def test_opcheck(kernel, p):
     )
     names = ("ssm_state_indices", "has_initial_state", "min_state_index", "checkpoint_state", "checkpoint_offsets")
     states = kernel.contract.check_prefill_states(
-        call, a["final_state"], *(a[n] for n in names), a["checkpoint_indices"], None
+        call, a["final_state"], *(a[n] for n in names), a["checkpoint_indices"], None, 16
     )
     final = a["final_state"].clone()  # opcheck wants no aliases
     torch.library.opcheck(kernel.dispatch._kda_into_op, (*call, a["out"], final, None, *states))
@@ -688,9 +795,9 @@ def test_a_graph_replays_other_slots(kernel):
     tensors = ("ssm_state_indices", "has_initial_state", "checkpoint_offsets", "checkpoint_indices", "cu_seqlens")
     mine, theirs = call["initial_state"].clone(), call["initial_state"].clone()
     steps = [
-        ([5, -1], [True, True], [[64, 0], [128, 64]], [[1, 2], [3, 2]], [0, 64, 200]),
+        ([5, -1], [True, True], [[16, 0], [128, 64]], [[1, 2], [3, 2]], [0, 64, 200]),
         ([1, 2], [False, True], [[0, 0], [0, 0]], [[1, 2], [3, 2]], [0, 0, 200]),
-        ([2, 6], [True, True], [[128, 64], [0, 0]], [[1, 2], [3, 2]], [0, 180, 190]),
+        ([2, 6], [True, True], [[128, 176], [0, 0]], [[1, 2], [3, 2]], [0, 180, 190]),
     ]
     run = lambda pool, **more: kernel.fwd(**{**call, **more, "initial_state": pool, "final_state": pool})  # noqa: E731
     run(mine.clone())

@@ -1,4 +1,6 @@
-// The states that the recurrence leaves inside a sequence.
+// The states that a prefill leaves inside a sequence. The recurrence writes S after whole chunks, to the slots of all entries
+// that lie in the chunk behind. Of those that want 16, 32 or 48 tokens more each is then a piece of its own for another prepare
+// and recurrence, which take the state in the slot through these tokens.
 #pragma once
 
 #include <climits>
@@ -12,16 +14,12 @@ namespace kda {
 struct CheckpointList {
   CheckpointParams const& p;
   int seq, lane;
-  int chunks;           // whole ones of the sequence
+  int64_t length;       // of the sequence
   int64_t first, last;  // its entries in their row
 
-  __device__ __forceinline__ CheckpointList(CheckpointParams const& p, Sequences const& sequences, int seq, int lane)
-      : p(p),
-        seq(seq),
-        lane(lane),
-        chunks(static_cast<int>(sequences.length(seq) / kChunk)),
-        first(0),
-        last(p.columns) {
+  __device__ __forceinline__ CheckpointList(CheckpointParams const& p, Sequences const& sequences,
+                                            StateParams const& state, int seq, int lane)
+      : p(p), seq(seq), lane(lane), length(live_length(sequences, state, seq)), first(0), last(p.columns) {
     if (p.indptr != nullptr) {
       auto bound = [&](int n) {  // whatever it holds, no access leaves the row
         return min(max(load_index(p.indptr, n, p.indptr_is_int64), int64_t(0)), p.columns);
@@ -33,16 +31,22 @@ struct CheckpointList {
   __device__ __forceinline__ int64_t at(IndexView const& view, int64_t i) const {
     return (p.indptr != nullptr ? 0 : seq * view.stride_row) + i * view.stride_column;
   }
-  // After how many whole chunks entry i wants the state; 0 for none.
-  __device__ __forceinline__ int chunks_before(int64_t i) const {
+  // Among the entries of all sequences.
+  __device__ __forceinline__ int64_t number(int64_t i) const { return p.indptr != nullptr ? i : seq * p.columns + i; }
+  // After how many tokens entry i wants the state; 0 for none.
+  __device__ __forceinline__ int64_t tokens_before(int64_t i) const {
     if (i >= last) return 0;
     int64_t const offset = load_index(p.offsets.data, at(p.offsets, i), p.offsets.is_int64);
-    return offset > 0 && offset % kChunk == 0 && offset / kChunk <= chunks ? static_cast<int>(offset / kChunk) : 0;
+    return offset > 0 && offset % p.multiple == 0 && offset <= length ? offset : 0;
+  }
+  // How many chunks lie wholly before that; -1 for none wanted.
+  __device__ __forceinline__ int chunks_before(int64_t i) const {
+    int64_t const tokens = tokens_before(i);
+    return tokens > 0 ? static_cast<int>(tokens / kChunk) : -1;
   }
   __device__ __forceinline__ int64_t slot(int64_t i) const {
-    int64_t const slot = p.slots.data != nullptr ? load_index(p.slots.data, at(p.slots, i), p.slots.is_int64)
-                         : p.indptr != nullptr   ? i
-                                                 : seq * p.columns + i;
+    int64_t const slot =
+        p.slots.data != nullptr ? load_index(p.slots.data, at(p.slots, i), p.slots.is_int64) : number(i);
     return slot >= p.min_slot && slot < p.num_slots ? slot : -1;
   }
 
@@ -56,7 +60,7 @@ struct CheckpointList {
     }
     return __reduce_min_sync(0xffffffffu, nearest);
   }
-  // S after `done` whole chunks, wherever it is wanted.
+  // S after `done` whole chunks, wherever it or one in the chunk behind is wanted.
   __device__ __forceinline__ void store(float const (&s)[64], StateLanes const& lanes, bool v_first, int head,
                                         int done) const {
 #pragma unroll 1
@@ -70,5 +74,29 @@ struct CheckpointList {
     }
   }
 };
+
+struct PiecesParams {
+  CheckpointParams checkpoints;
+  Sequences sequences;
+  StateParams state;
+  Piece* pieces;       // of the entries [begin, end)
+  int64_t begin, end;  // numbers among all
+};
+
+// A warp a sequence: for each of its entries the tokens that are left between a whole chunk and where its state is wanted.
+__global__ void __launch_bounds__(32) list_pieces_kernel(const __grid_constant__ PiecesParams p) {
+  int const seq = blockIdx.x;
+  CheckpointList const list(p.checkpoints, p.sequences, p.state, seq, threadIdx.x);
+#pragma unroll 1
+  for (int64_t i = list.first + list.lane; i < list.last; i += 32) {
+    int64_t const number = list.number(i);
+    if (number < p.begin || number >= p.end) continue;
+    int64_t const tokens = list.tokens_before(i), slot = list.slot(i), rest = slot < 0 ? 0 : tokens % kChunk;
+    int64_t const first = p.sequences.first_token(seq) + tokens - rest;
+    // In one store: where indptr gives an entry to two sequences it is the piece of one of them.
+    int4 const piece = make_int4(first, rest, p.sequences.batch(seq), slot);
+    *reinterpret_cast<int4*>(p.pieces + (number - p.begin)) = piece;
+  }
+}
 
 }  // namespace kda

@@ -55,10 +55,10 @@ struct StateParams {
   int64_t has_initial_stride = 0;
 };
 
-// States inside sequences, at multiples of 64 tokens. Entry (n, i) of [N, columns] asks for the state of sequence n after
+// States inside sequences, at multiples of 16 or 64 tokens. Entry (n, i) of [N, columns] asks for the state of sequence n after
 // `offsets` tokens in slot `slots`; with `indptr` sequence n has the entries indptr[n] up to, without, indptr[n + 1] of
-// one row. An offset that is no positive multiple of 64 within the sequence, and a slot outside [min_slot, num_slots), ask
-// for nothing.
+// one row. An offset that is not positive, past the sequence's end or no multiple of `multiple`, and a slot outside
+// [min_slot, num_slots), ask for nothing.
 struct CheckpointParams {
   StateView states;  // data null: no checkpoints
   int64_t min_slot = 0;
@@ -68,6 +68,7 @@ struct CheckpointParams {
   int64_t columns = 0;
   const void* indptr = nullptr;  // [N + 1], or null
   bool indptr_is_int64 = false;
+  int multiple = 16;  // or 64, which spares the launches for what lies between
 };
 
 struct PrefillParams {

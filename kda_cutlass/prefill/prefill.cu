@@ -187,6 +187,51 @@ Schedules choose_schedules(PrefillParams const& p, int sms) {
   return {true, p.cu_seqlens != nullptr && p.num_seqs > 1 && !any_lengths};
 }
 
+// The checkpoints between chunks (checkpoints.cuh): a prepare and a recurrence over the pieces of as many entries as the workspace
+// holds records, whose list lies where the recurrence before kept its carries. The host does not see the offsets; where none
+// asks for it the kernels return at once.
+cudaError_t launch_pieces(PrefillParams const& p, PrepareParams prepare, RecurrenceParams recurrence,
+                          cudaStream_t stream) {
+  CheckpointParams const& checkpoints = p.checkpoints;
+  int64_t const entries = checkpoints.indptr != nullptr ? checkpoints.columns : p.num_seqs * checkpoints.columns;
+  int64_t const list_bytes = 2 * carry_bytes(p.value_heads);
+  char* const list = static_cast<char*>(p.workspace) + kFlagBytes;
+  Piece* const pieces = reinterpret_cast<Piece*>(list);
+  Record* const records = reinterpret_cast<Record*>(list + list_bytes);
+  int64_t const capacity =
+      std::max<int64_t>((p.workspace_bytes - kFlagBytes - list_bytes) / slot_bytes(p.value_heads), 1);
+  int64_t const most = std::min({capacity, list_bytes / int64_t(sizeof(Piece)), kMostSlots});
+  PiecesParams params = {checkpoints, recurrence.sequences, p.state, pieces};
+
+  StateParams& state = recurrence.state = {};
+  state.initial = state.final = checkpoints.states;
+  state.v_first = p.state.v_first;
+  state.slots = {&pieces->slot, sizeof(Piece) / sizeof(int), 0, false};
+  state.num_slots = checkpoints.num_slots;
+  state.final_in_slots = true;
+  recurrence.checkpoints = {};
+  recurrence.out = {};
+  for (params.begin = 0; params.begin < entries; params.begin = params.end) {
+    params.end = std::min(params.begin + most, entries);
+    int const count = static_cast<int>(params.end - params.begin);
+    if (checkpoints.indptr != nullptr)  // which may pass over some
+      if (cudaError_t const error = cudaMemsetAsync(pieces, 0, count * sizeof(Piece), stream)) return error;
+    if (cudaError_t const error = launch(list_pieces_kernel, dim3(p.num_seqs), 32, 0, false, params, stream))
+      return error;
+    recurrence.sequences = {nullptr, false, count, 1, p.tokens, pieces};
+    prepare.chunk.sequences = recurrence.sequences;
+    prepare.slab = recurrence.slab = {0, count, records, nullptr, nullptr};
+    cudaError_t error = for_gate(p, [&](auto gate, auto fp32) {
+      return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, false, stream);
+    });
+    if (error != cudaSuccess) return error;
+    bool const split_values = 2 * count * int64_t(p.value_heads) <= sm_count();
+    error = (split_values ? launch_recurrence<1, false> : launch_recurrence<2, false>)(recurrence, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
 
 int64_t prefill_workspace_size(int64_t tokens, int batch, int num_seqs, int value_heads, bool packed) {
@@ -269,7 +314,8 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
     cudaError_t const error = launch_it(recurrence, stream);
     if (error != cudaSuccess) return error;
   }
-  return cudaSuccess;
+  bool const between = p.checkpoints.states.data != nullptr && p.checkpoints.multiple < kChunk;
+  return between ? launch_pieces(p, prepare, recurrence, stream) : cudaSuccess;
 }
 
 }  // namespace kda

@@ -32,6 +32,11 @@ constexpr int kRecordPanelBytes = 8 * 64 * kPanelRowBytes;
 constexpr int kRecordBytes = sizeof(Record);
 static_assert(kRecordBytes == 66304, "flash_kda.prefill.workspace_size knows this size");
 
+// A chunk or less of a sequence, as a sequence of its own.
+struct alignas(16) Piece {
+  int first_token, tokens, batch;
+  int slot;  // of its state
+};
 // Chunks are numbered by slots: sequence n owns the slots from slot_base(n) on. With cu_seqlens the base is
 // cu[n] / 64 + n, which leaves room for every partial chunk without a scan or a look at the lengths on the host.
 struct Sequences {
@@ -40,6 +45,7 @@ struct Sequences {
   int num_seqs;
   int chunks_per_seq;  // without cu_seqlens
   int64_t tokens;
+  Piece const* pieces = nullptr;  // not null: these, without cu_seqlens and with chunks_per_seq = 1
 
   __device__ __forceinline__ bool packed() const { return cu_seqlens != nullptr; }
   __device__ __forceinline__ int64_t cu(int n) const {
@@ -50,9 +56,12 @@ struct Sequences {
   __device__ __forceinline__ int slot_base(int n) const {
     return packed() ? static_cast<int>(cu(n) / kChunk) + n : n * chunks_per_seq;
   }
-  __device__ __forceinline__ int batch(int n) const { return packed() ? 0 : n; }
-  __device__ __forceinline__ int64_t first_token(int n) const { return packed() ? cu(n) : 0; }
+  __device__ __forceinline__ int batch(int n) const { return pieces != nullptr ? pieces[n].batch : packed() ? 0 : n; }
+  __device__ __forceinline__ int64_t first_token(int n) const {
+    return pieces != nullptr ? pieces[n].first_token : packed() ? cu(n) : 0;
+  }
   __device__ __forceinline__ int64_t length(int n) const {
+    if (pieces != nullptr) return pieces[n].tokens;
     return packed() ? max(cu(n + 1) - cu(n), int64_t(0)) : tokens;
   }
   __device__ __forceinline__ int chunks(int n) const { return static_cast<int>((length(n) + kChunk - 1) / kChunk); }

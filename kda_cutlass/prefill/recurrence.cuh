@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   int const slot_base = p.sequences.slot_base(seq), chunks = static_cast<int>((length + kChunk - 1) / kChunk);
   int const begin = max(p.slab.begin - slot_base, 0);
   int const end = max(min(p.slab.end - slot_base, chunks), begin);
-  bool const only_state = chunks == 0 && p.slab.begin == 0;
+  // Pieces that lead to checkpoints have no outputs, and nothing to do without tokens.
+  bool const only_state = chunks == 0 && p.slab.begin == 0 && p.sequences.pieces == nullptr;
   if (begin == end && !only_state) return;
   if (only_state && slice == 0) p.out.store_zeros(p.sequences, seq, head, threadIdx.x, Shape::kThreads);
 
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
       int const w = warp - 4 * kWarpgroups - 1, unit = lane % 8;
       bf16* out = p.out.data + p.out.stride_batch * batch + p.out.stride_token * (first_chunk_token + lane / 8) +
                   p.out.stride_head * head + kValueTile * (slice * kWarpgroups + w) + 8 * unit;
-      int64_t tokens = first_token + length - first_chunk_token;
+      int64_t tokens = p.sequences.pieces == nullptr ? first_token + length - first_chunk_token : 0;
       for (int i = 0; i < steps; ++i, tokens -= kChunk) {
         EmptyBarrier::wait(&smem.out_full[w], i & 1);
 #pragma unroll 4
@@ -177,14 +178,18 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     EmptyBarrier::arrive(&smem.out_full[warpgroup]);
   };
 
+  [[maybe_unused]] int checkpoint = 0;  // whole chunks before the next one
+  if constexpr (kCheckpoints) {
+    CheckpointList const list(p.checkpoints, p.sequences, p.state, seq, lane);
+    if (begin == 0) list.store(s, lanes, p.state.v_first, head, 0);
+    checkpoint = list.next(begin);
+  }
   pack_operand(s_operand, s);
   if (steps > 0) {
     TransactionBarrier::wait(&smem.full[0], 0);
     lanes.seed_with_values(w, smem.v[0][warpgroup], smem.factors[0]);
     lanes.decay(s, smem.factors[0].decay);
   }
-  [[maybe_unused]] int checkpoint = 0;  // whole chunks before the next one
-  if constexpr (kCheckpoints) checkpoint = CheckpointList(p.checkpoints, p.sequences, seq, lane).next(begin);
   auto step = [&](auto stage_constant, int i, int phase) {
     constexpr int stage = decltype(stage_constant)::value;
     auto& operands = smem.operands[stage];
@@ -234,7 +239,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     if constexpr (kCheckpoints) {
       if (int const done = begin + i + 1; done == checkpoint) {
         int const here = recomputed(lane);  // nothing of this is worth a register in the loop
-        CheckpointList const list(p.checkpoints, p.sequences, recomputed(seq), here);
+        CheckpointList const list(p.checkpoints, p.sequences, p.state, recomputed(seq), here);
         list.store(s, StateLanes(first_value, warp % 4, here), p.state.v_first, recomputed(head), done);
         checkpoint = list.next(done);
       }

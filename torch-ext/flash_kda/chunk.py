@@ -188,6 +188,7 @@ def fwd(
     checkpoint_offsets: torch.Tensor | None = None,
     checkpoint_indices: torch.Tensor | None = None,
     checkpoint_indptr: torch.Tensor | None = None,
+    checkpoint_multiple: int = 16,
 ) -> None:
     """KDA prefill into the caller's tensors, with the interface of FlashKDA: FLA and SGLang call this name.
 
@@ -225,13 +226,16 @@ def fwd(
         checkpoint_state: ``[slots, HV, V, K]`` float32 or bfloat16, dense but for the stride of the slots: receives
             states inside sequences; may be the pool, in slots that no sequence here has. Default None.
         checkpoint_offsets: ``[N]`` or ``[N, C]`` int32 or int64, any strides: the state of sequence n after so many
-            of its tokens is wanted, a multiple of 64 up to its length. 0, negative and too large ones ask for nothing; so
-            do other numbers, which ``FLASH_KDA_VALIDATE=1`` makes an error. With ``checkpoint_indptr`` ``[M]``.
+            of its tokens is wanted, a multiple of ``checkpoint_multiple`` up to its length. 0, negative and too large ones
+            ask for nothing; so do other numbers, which ``FLASH_KDA_VALIDATE=1`` makes an error. With
+            ``checkpoint_indptr`` ``[M]``.
         checkpoint_indices: shaped as ``checkpoint_offsets``, int32 or int64: the slot of each; one below
-            ``min_state_index`` or beyond the slots asks for nothing. The others must differ. Default: entry i, counted
-            through rows, goes to slot i.
+            ``min_state_index`` or beyond the slots asks for nothing. The others must differ, from one another and from the
+            slots in which sequences start or end. Default: entry i, counted through rows, goes to slot i.
         checkpoint_indptr: ``[N + 1]`` int32 or int64: sequence n has the entries ``checkpoint_indptr[n]`` up to,
             without, ``checkpoint_indptr[n + 1]``, as many as it likes. Default None.
+        checkpoint_multiple: 16 (the default) or 64, which spares the kernels the way from whole chunks of 64 tokens to
+            what lies between them.
 
     Raises:
         ValueError, TypeError: as :func:`chunk_kda`, before anything is written.
@@ -267,6 +271,7 @@ def fwd(
         checkpoint_offsets,
         checkpoint_indices,
         checkpoint_indptr,
+        checkpoint_multiple,
     )
     size = 0 if workspace is None else get_workspace_size(q.shape[0] * q.shape[1], v.shape[2], call.num_sequences)
     check_outputs(call, out, final_state, workspace, size, pool=ssm_state_indices is not None)

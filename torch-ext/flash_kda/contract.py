@@ -81,6 +81,7 @@ class PrefillStates(NamedTuple):
     checkpoint_offsets: torch.Tensor | None = None  # [N], [N, C], or [M] with checkpoint_indptr
     checkpoint_indices: torch.Tensor | None = None  # likewise
     checkpoint_indptr: torch.Tensor | None = None  # [N + 1]
+    checkpoint_multiple: int = 16  # or 64
 
 
 def check_call(
@@ -247,10 +248,13 @@ def check_prefill_states(
     checkpoint_offsets: torch.Tensor | None,
     checkpoint_indices: torch.Tensor | None,
     checkpoint_indptr: torch.Tensor | None,
+    checkpoint_multiple: int,
 ) -> PrefillStates | None:
     """Checks the pool and checkpoint arguments of :func:`flash_kda.fwd`; None where there are none."""
     N = call.num_sequences
     _min_state_index(min_state_index)
+    if checkpoint_multiple not in (16, 64):
+        raise _broken("checkpoint_multiple", "16 or 64", checkpoint_multiple)
     if ssm_state_indices is not None:
         if call.initial_state is None and final_state is None:
             raise _broken("initial_state", "the pool that ssm_state_indices speaks of, here or in final_state", None)
@@ -297,6 +301,7 @@ def check_prefill_states(
         checkpoint_offsets,
         checkpoint_indices,
         checkpoint_indptr,
+        int(checkpoint_multiple),
     )
 
 
@@ -330,8 +335,9 @@ def check_contents(call: Call, states: PrefillStates | None = None) -> None:
     ``FLASH_KDA_VALIDATE=1``."""
     if states is not None and states.checkpoint_offsets is not None:
         for offset in states.checkpoint_offsets.flatten().tolist():
-            if offset > 0 and offset % 64:
-                raise _broken("checkpoint_offsets", "multiples of 64 tokens, or 0 or less for none", offset)
+            if offset > 0 and offset % states.checkpoint_multiple:
+                expected = f"multiples of {states.checkpoint_multiple} tokens, or 0 or less for none"
+                raise _broken("checkpoint_offsets", expected, offset)
     if call.cu_seqlens is None:
         return
     bounds = call.cu_seqlens.tolist()

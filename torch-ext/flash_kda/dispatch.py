@@ -223,12 +223,13 @@ def _(*args):
     mutates_args=("out", "final_state", "workspace", "checkpoint_state"),
     schema=f"({_CALL_SCHEMA}, Tensor(a!) out, Tensor(b!)? final_state, Tensor(c!)? workspace, "
     "Tensor? ssm_state_indices, Tensor? has_initial_state, bool final_state_in_slots, int min_state_index, "
-    "Tensor(d!)? checkpoint_state, Tensor? checkpoint_offsets, Tensor? checkpoint_indices, Tensor? checkpoint_indptr) -> ()",
+    "Tensor(d!)? checkpoint_state, Tensor? checkpoint_offsets, Tensor? checkpoint_indices, Tensor? checkpoint_indptr, "
+    "int checkpoint_multiple) -> ()",
 )
 def _kda_into_op(*args) -> None:
     out, final_state, workspace = args[_FIELDS : _FIELDS + 3]
     states = PrefillStates(*args[_FIELDS + 3 :])  # all given: torch 2.11 cannot leave out an argument that it may write
-    states = states if any(x is not None for x in states[:2] + states[4:]) else None
+    states = states if any(isinstance(x, torch.Tensor) for x in states) else None
     run(Call(*args[:_FIELDS]), out, final_state, workspace=workspace, states=states)
 
 

@@ -40,7 +40,7 @@ def fwd(
     Args:
         checkpoint_state: ``[N, HV, V, K]``; ``[N, C, HV, V, K]`` beside ``checkpoint_offsets`` ``[N, C]``; ``[M, HV, V,
             K]`` with ``checkpoint_indptr``: one state an entry.
-        All others: as :func:`flash_kda.fwd`. The fork's offsets are multiples of 16; here only those of 64 are kept.
+        All others: as :func:`flash_kda.fwd`.
 
     Raises:
         ValueError, TypeError: as :func:`flash_kda.fwd`.

@@ -83,16 +83,16 @@ def sequence_spans(call) -> list[tuple[int, int]]:
 
 
 def _pieces(length: int, tokens: int, stops: Collection[int]) -> Iterator[tuple[int, int, int]]:
-    """(first, last + 1, chunk size) of each piece of a sequence: whole chunks, then the rest in one smaller chunk. A piece
-    ends at each of ``stops``, multiples of CHUNK."""
-    whole = length // CHUNK * CHUNK
+    """(first, last + 1, chunk size) of each piece of a sequence: up to each of ``stops``, and then to the end, whole chunks
+    and what is left in one smaller chunk."""
     start = 0
-    for stop in sorted({whole, *stops}):
-        for a in range(start, stop, tokens):
-            yield a, min(a + tokens, stop), CHUNK
+    for stop in sorted({*stops, length}):
+        whole = start + (stop - start) // CHUNK * CHUNK
+        for a in range(start, whole, tokens):
+            yield a, min(a + tokens, whole), CHUNK
+        if whole < stop:
+            yield whole, stop, 1 << (stop - whole - 1).bit_length()
         start = stop
-    if whole < length:
-        yield whole, length, 1 << (length - whole - 1).bit_length()
 
 
 def _plan(call, stops: Mapping[int, Collection[int]] = {}) -> Iterator[tuple[_Group, list[tuple[int, int, int]]]]:
@@ -244,7 +244,7 @@ def chunked_forward(
         out: ``[B, T, HV, V]``, any floating dtype; rows that no sequence covers are left alone.
         final_state: ``[N, HV, K, V]`` (or V-first, as the call says), any floating dtype; may be
             ``call.initial_state``.
-        stops: for each sequence by its number the offsets, multiples of 64 within it, at which its state is handed out.
+        stops: for each sequence by its number the offsets within it at which its state is handed out.
         keep: is called with sequence, offset and state ``[HV, K, V]`` in the compute dtype there, and at other offsets.
 
     Computes in float32, or float64 for float64 inputs. Reads the contents of ``cu_seqlens`` on the host.

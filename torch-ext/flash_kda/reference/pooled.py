@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .chunked import CHUNK, _activate, _compute_dtype, _token, chunked_forward, sequence_spans
+from .chunked import _activate, _compute_dtype, _token, chunked_forward, sequence_spans
 
 
 def pooled_forward(call, states, out: torch.Tensor, final_state: torch.Tensor | None) -> None:
@@ -131,7 +131,7 @@ def _checkpoints(states, lengths: dict[int, int]) -> dict[int, dict[int, list[in
     wanted: dict[int, dict[int, list[int]]] = {}
     for n, entries in rows.items():
         for i in entries:
-            if 0 < offsets[i] <= lengths[n] and offsets[i] % CHUNK == 0:
+            if 0 < offsets[i] <= lengths[n] and offsets[i] % states.checkpoint_multiple == 0:
                 if least <= slots[i] < states.checkpoint_state.shape[0]:
                     wanted.setdefault(n, {}).setdefault(offsets[i], []).append(slots[i])
     return wanted
