@@ -48,6 +48,16 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
+@pytest.fixture(autouse=True)
+def environment_as_found():
+    """Programs of benchmarks/ that run in a test's process set variables, which later tests would hand to theirs."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def kernel():
     """The package, as the loader hands it out."""
