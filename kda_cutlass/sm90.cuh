@@ -166,8 +166,8 @@ __device__ __forceinline__ void wgmma_k_impl(float (&d)[16], uint32_t const* a, 
     cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::K>::fma(a[0], a[1], a[2], a[3], desc,
                                                                                    d[I]..., scale_d);
   } else {
-    // Not CuTe's atom, whose accumulators go in as well as out: two products whose accumulators start undefined would share
-    // virtual registers, and ptxas (13.0) then takes what is made of one for what is made of the other.
+    // Not CuTe's atom, whose accumulators go in as well as out: two products whose accumulators start undefined would
+    // share virtual registers, and ptxas (13.0) then takes what is made of one for what is made of the other.
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, 0, 1, 1, 0;"
@@ -183,8 +183,8 @@ __device__ __forceinline__ void wgmma_n128_mn_impl(float (&d)[64], uint32_t cons
                                                                                    d[I]..., GmmaScale::One);
 }
 
-// d[64 x kRows] (+)= a[64 x kPanels*64] * B^T, B being kRows rows of `kPanels` K-major panels of 64 rows each. Of the (last)
-// panel only the first 16 * kSteps of K, where the rest is known to be zero.
+// d[64 x kRows] (+)= a[64 x kPanels*64] * B^T, B being kRows rows of `kPanels` K-major panels of 64 rows each. Of the
+// (last) panel only the first 16 * kSteps of K, where the rest is known to be zero.
 template <int kPanels, int kSteps = 4, int kFloats>
 __device__ __forceinline__ void wgmma_k_major(float (&d)[kFloats], uint32_t const (&a)[16 * kPanels],
                                               void const* panels, bool accumulate) {

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int kTokens = kDecodeWarps;  // that are kept in shared memory at a time, one brought by each warp
 
-// Four neighbouring numbers of bf16 or fp32 as they lie in memory. Loading waits for nothing: converting at once, or one
-// register for two kinds of loads, would make each load wait for the one before.
+// Four neighbouring numbers of bf16 or fp32 as they lie in memory. Loading waits for nothing: converting at once, or
+// one register for two kinds of loads, would make each load wait for the one before.
 struct RawFloats {
   uint2 first, second;
   __device__ __forceinline__ void load(void const* data, int64_t offset, bool is_fp32) {
@@ -247,8 +247,9 @@ cudaError_t launch(DecodeParams const& p, cudaStream_t stream) {
   constexpr int kMost = 65535;  // of the second dimension of a grid
   dim3 const grid(p.value_heads * (kSlices / kSlicesHere), std::min(p.num_seqs, kMost),
                   (p.num_seqs + kMost - 1) / kMost);
-  // The kernel may be set up while the one before it in the stream ends; it touches no memory before that has. Slices run in
-  // pairs on neighbouring SMs, which read and write halves of the same DRAM pages: half a percent at 64 sequences.
+  // The kernel may be set up while the one before it in the stream ends; it touches no memory before that has. Slices
+  // run in pairs on neighbouring SMs, which read and write halves of the same DRAM pages: half a percent at 64
+  // sequences.
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -263,8 +264,9 @@ cudaError_t launch(DecodeParams const& p, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, decode_kernel<State, Tile, kSlicesHere, kCtasPerSm>, p);
 }
 
-// A CTA a head works out once what a token asks for, and a CTA a slice does so four times. Yet few heads need the slices to
-// reach every SM, and many heads of an fp32 state stream faster in slices (docs/decode-notes.md). The bits are the same.
+// A CTA a head works out once what a token asks for, and a CTA a slice does so four times. Yet few heads need the
+// slices to reach every SM, and many heads of an fp32 state stream faster in slices (docs/decode-notes.md). The bits
+// are the same.
 template <class State, class Tile>
 cudaError_t launch(DecodeParams const& p, cudaStream_t stream) {
   constexpr int kWholeHeadCtas = 4;  // of an SM

@@ -25,8 +25,9 @@ struct DecodeParams {
   const float* dt_bias = nullptr;  // [HV, 128] or null
 
   // Where a sequence starts. Without `slots` sequence n starts from state n. With it, from the state that its entry of
-  // column 0 names, or of column num_accepted[n] - 1. An entry outside [min_slot, num_slots) makes the sequence padding:
-  // its outputs are zero and its states are neither read nor written. All states start at multiples of 16 bytes.
+  // column 0 names, or of column num_accepted[n] - 1. An entry outside [min_slot, num_slots) makes the sequence
+  // padding: its outputs are zero and its states are neither read nor written. All states start at multiples of 16
+  // bytes.
   StateView initial_state;  // data null: zeros
   IndexView slots;          // [N, slot_columns], or data null
   IndexView num_accepted;   // [N], or data null: 1

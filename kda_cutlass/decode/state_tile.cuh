@@ -1,5 +1,6 @@
 // The piece of a state that a CTA holds in registers while tokens pass: all 128 key channels of kSlice value channels.
-// Two layouts of the state in memory, two ways to lie in registers; both move 16 bytes a thread and whole 128-byte lines.
+// Two layouts of the state in memory, two ways to lie in registers; both move 16 bytes a thread and whole 128-byte
+// lines.
 #pragma once
 
 #include "../sm90.cuh"
@@ -25,8 +26,8 @@ struct Token {
   float qk;        // sum of q k, neither normalised
 };
 
-// The step of one value channel, from the sums of k and q with the decayed state: what k is multiplied by when it is added
-// to the state, and the output. o = q (S + k u) = q S + (q k) u spares a second sum over the new state.
+// The step of one value channel, from the sums of k and q with the decayed state: what k is multiplied by when it is
+// added to the state, and the output. o = q (S + k u) = q S + (q k) u spares a second sum over the new state.
 struct ChannelStep {
   float update, out;
   __device__ __forceinline__ ChannelStep(float4 factors, float v, float k_state, float q_state) {
@@ -158,8 +159,8 @@ struct RowTile {
   }
 };
 
-// [K, V]: a thread holds kWide value channels of kVectors key channels; the warps share out the key channels, so that the
-// sums over them pass through shared memory.
+// [K, V]: a thread holds kWide value channels of kVectors key channels; the warps share out the key channels, so that
+// the sums over them pass through shared memory.
 template <class State>
 struct ColumnTile {
   static constexpr int kWide = kWideOf<State>;

@@ -1,5 +1,5 @@
-// The short causal convolution. A thread owns eight neighbouring channels and walks a run of tokens with the taps' inputs
-// in registers, so each input is read once but for the W - 1 tokens before a run.
+// The short causal convolution. A thread owns eight neighbouring channels and walks a run of tokens with the taps'
+// inputs in registers, so each input is read once but for the W - 1 tokens before a run.
 #pragma once
 
 #include "kda_cutlass/layer/vector.cuh"
@@ -106,8 +106,8 @@ __device__ __forceinline__ void store_state(ConvParams const& p, ConvLane const&
   store_floats(p.final_state, state_offset(p, n, lane.channel), state);
 }
 
-// One block: 1024 channels of a run of tokens of a batch entry. A run that is a whole sequence also leaves the state behind,
-// which no other thread reads then; launch_conv says so by `whole`.
+// One block: 1024 channels of a run of tokens of a batch entry. A run that is a whole sequence also leaves the state
+// behind, which no other thread reads then; launch_conv says so by `whole`.
 template <int kWidth, int kColumns, bool kPacked>
 __global__ void __launch_bounds__(kConvThreads, kConvBlocksPerSm)
     conv_kernel(ConvParams const p, int run, int runs, bool whole) {

@@ -8,15 +8,17 @@
 namespace kda {
 namespace {
 
-// Tokens a thread of the convolution walks. Longer runs read fewer tokens twice (W - 1 of each), shorter ones fill the card.
+// Tokens a thread of the convolution walks. Longer runs read fewer tokens twice (W - 1 of each), shorter ones fill the
+// card.
 constexpr int kLongRun = 32;
 constexpr int kShortRun = 8;
 constexpr int64_t kEnoughBlocks = 1024;  // about two waves of an H200 at the convolution's registers
 
 int64_t pieces(int64_t work, int64_t each) { return (work + each - 1) / each; }
 
-// Launches a kernel that may start while the one before it still runs: each of them waits before it touches what that one
-// may read or write. In a decode step of a layer this hides most of the launches and the first reads of the weights.
+// Launches a kernel that may start while the one before it still runs: each of them waits before it touches what that
+// one may read or write. In a decode step of a layer this hides most of the launches and the first reads of the
+// weights.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), unsigned blocks, int threads, cudaStream_t stream, Args const&... args) {
   cudaLaunchAttribute attribute;

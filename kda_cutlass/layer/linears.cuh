@@ -1,9 +1,11 @@
-// Projections of a few rows: every weight is read once, by as many threads as the card holds, and that is all the time there
-// is. Several projections share a launch, because each of them alone is shorter than a launch and too small for the card.
+// Projections of a few rows: every weight is read once, by as many threads as the card holds, and that is all the time
+// there is. Several projections share a launch, because each of them alone is shorter than a launch and too small for
+// the card.
 //
-// One row: a warp computes an output. More rows: a block computes 16 outputs of every row with tensor cores: weights are the left operand, 16 outputs x 16 of the depth, and
-// rows the right one, 8 at a time, so eight rows cost what one costs. Its warps share the depth between them. A lane's
-// 16-byte access is 8 of the depth for two steps of the product, which only permutes the depth, the same way on both sides.
+// One row: a warp computes an output. More rows: a block computes 16 outputs of every row with tensor cores: weights
+// are the left operand, 16 outputs x 16 of the depth, and rows the right one, 8 at a time, so eight rows cost what one
+// costs. Its warps share the depth between them. A lane's 16-byte access is 8 of the depth for two steps of the
+// product, which only permutes the depth, the same way on both sides.
 #pragma once
 
 #include "kda_cutlass/layer/vector.cuh"

@@ -86,8 +86,8 @@ struct LinearsParams {
 // Takes `params` by value to lay out the grid.
 cudaError_t launch_linears(LinearsParams params, cudaStream_t stream);
 
-// One token of each sequence from the projections to the output projection: convolution with SiLU, KDA with its gate, the
-// sigmoid of beta and normalised q and k, gated norm. Heads of 128 channels.
+// One token of each sequence from the projections to the output projection: convolution with SiLU, KDA with its gate,
+// the sigmoid of beta and normalised q and k, gated norm. Heads of 128 channels.
 constexpr int kStepTaps = 4;  // of the convolution, and columns of its state
 
 struct StepParams {

@@ -1,6 +1,6 @@
-// One token a sequence through everything between a layer's projections: convolution, KDA, gated norm. Each of them alone
-// is shorter than the wait between two kernels. A CTA takes a head of a sequence; where there are few, a cluster of four
-// takes one, a slice of the value channels each.
+// One token a sequence through everything between a layer's projections: convolution, KDA, gated norm. Each of them
+// alone is shorter than the wait between two kernels. A CTA takes a head of a sequence; where there are few, a cluster
+// of four takes one, a slice of the value channels each.
 #include <cuda_runtime.h>
 
 #include <algorithm>

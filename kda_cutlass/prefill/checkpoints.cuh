@@ -1,6 +1,6 @@
-// The states that a prefill leaves inside a sequence. The recurrence writes S after whole chunks, to the slots of all entries
-// that lie in the chunk behind. Of those that want 16, 32 or 48 tokens more each is then a piece of its own for another prepare
-// and recurrence, which take the state in the slot through these tokens.
+// The states that a prefill leaves inside a sequence. The recurrence writes S after whole chunks, to the slots of all
+// entries that lie in the chunk behind. Of those that want 16, 32 or 48 tokens more each is then a piece of its own for
+// another prepare and recurrence, which take the state in the slot through these tokens.
 #pragma once
 
 #include <climits>
@@ -83,7 +83,8 @@ struct PiecesParams {
   int64_t begin, end;  // numbers among all
 };
 
-// A warp a sequence: for each of its entries the tokens that are left between a whole chunk and where its state is wanted.
+// A warp a sequence: for each of its entries the tokens that are left between a whole chunk and where its state is
+// wanted.
 __global__ void __launch_bounds__(32) list_pieces_kernel(const __grid_constant__ PiecesParams p) {
   int const seq = blockIdx.x;
   CheckpointList const list(p.checkpoints, p.sequences, p.state, seq, threadIdx.x);

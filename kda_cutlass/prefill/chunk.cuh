@@ -1,22 +1,25 @@
 // What can be made of a chunk of 64 tokens of one value head without the state, in two steps of eight warps each:
-// make_factors() makes k, q and g into operands of the recurrence and of the chunk's two 64 x 64 products; solve() multiplies
-// those and inverts I + Akk. One step may work on the next chunk while another's warps do the other.
+// make_factors() makes k, q and g into operands of the recurrence and of the chunk's two 64 x 64 products; solve()
+// multiplies those and inverts I + Akk. One step may work on the next chunk while another's warps do the other.
 //
-// Warps b and b + 4 work on the block of 16 tokens b and half of the channels each. Log decays are summed along the tokens from
-// the block's middle, two channels a lane. Factors are then made 16 channels at a time in the register layout of a warp-level
-// MMA, so that they become operands of the products as they stand. Every pair (i, j) is factored through the middles of the two
-// tokens' blocks: exp(G_i - G_middle) for the row, exp(G_middle - G_j) times what lies between the middles for the column.
-//   Tame chunks, where no channel decays by more than 2^-60 over 8 tokens (a lower bound of -5 always is): the factors stay
-//   within 2^+-60, and the operands of the recurrence are products of them with decays per channel.
-//   Any others: in the factors of the pairs the log decay of a token is clamped to -10, so that they stay within e^+-80; what
-//   the clamp lets through is under the rounding of bf16. The operands of the recurrence come from sums of exponents.
+// Warps b and b + 4 work on the block of 16 tokens b and half of the channels each. Log decays are summed along the
+// tokens from the block's middle, two channels a lane. Factors are then made 16 channels at a time in the register
+// layout of a warp-level MMA, so that they become operands of the products as they stand. Every pair (i, j) is factored
+// through the middles of the two tokens' blocks: exp(G_i - G_middle) for the row, exp(G_middle - G_j) times what lies
+// between the middles for the column.
+//   Tame chunks, where no channel decays by more than 2^-60 over 8 tokens (a lower bound of -5 always is): the factors
+//   stay within 2^+-60, and the operands of the recurrence are products of them with decays per channel.
+//   Any others: in the factors of the pairs the log decay of a token is clamped to -10, so that they stay within
+//   e^+-80; what the clamp lets through is under the rounding of bf16. The operands of the recurrence come from sums of
+//   exponents.
 //
-// The sums count from a small number of each pair of channels' own (dither()): decays near 1 would else leave factors that
-// round back to the key in every channel alike, an error that grows along equal keys.
+// The sums count from a small number of each pair of channels' own (dither()): decays near 1 would else leave factors
+// that round back to the key in every channel alike, an error that grows along equal keys.
 //
-// With L2-normalised keys k_i / |k_i|, keys stay as they are on the side that is summed over (columns of Akk and Aqk, K in
-// the state update), and 1 / |k_i| goes to W and V' instead: V'_i / |k_i| = sum_j T~_ij beta_j / |k_j| (v_j - ...), with T~
-// the inverse for Akk~_ij = Akk_ij |k_j| / |k_i|. So no rounding of k / |k| stands between a key written and a key read.
+// With L2-normalised keys k_i / |k_i|, keys stay as they are on the side that is summed over (columns of Akk and Aqk, K
+// in the state update), and 1 / |k_i| goes to W and V' instead: V'_i / |k_i| = sum_j T~_ij beta_j / |k_j| (v_j - ...),
+// with T~ the inverse for Akk~_ij = Akk_ij |k_j| / |k_i|. So no rounding of k / |k| stands between a key written and a
+// key read.
 #pragma once
 
 #include <cuda.h>
@@ -40,7 +43,8 @@ constexpr int kChunkThreads = 2 * kWarpgroup;
 constexpr int kBlockPitch = 20;  // floats a row of an fp32 16 x 16 block: rows fall into different banks
 using Block = float[kBlock * kBlockPitch];
 
-// The same value, but what follows from it is worked out anew in every turn of a loop: kept in registers it would spill.
+// The same value, but what follows from it is worked out anew in every turn of a loop: kept in registers it would
+// spill.
 __device__ __forceinline__ int recomputed(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -75,8 +79,8 @@ struct alignas(1024) FactorScratch {
     char fp32_gate[kSteps / 2][kPanelBytes];  // before: an fp32 gate in panels of 32 channels
   };
   float run[2 * kBlocks][kHeadDim];  // log decays (log2) of 8 tokens
-  // Decays per channel (their logarithms where the chunk is not tame), a block's for its own warps: from the chunk's start to the block's
-  // middle, from there to the end, and from there to the middle of each block after it.
+  // Decays per channel (their logarithms where the chunk is not tame), a block's for its own warps: from the chunk's
+  // start to the block's middle, from there to the end, and from there to the middle of each block after it.
   enum : int { kToStart = 0, kToEnd = kBlocks, kToRows = 2 * kBlocks, kDecays = 2 * kBlocks + kPairs };
   float decay[kDecays][kHeadDim];
   float square_sum[2][2][kChunk];  // of a half's channels, of q and of k
@@ -88,7 +92,8 @@ struct alignas(1024) FactorScratch {
     return s * sizeof(Fragment) + (row ^ s) * 32 + (((unit & 1) ^ (row >> 2 & 1)) << 4);
   }
 };
-// The products of the diagonal blocks over half of the channels each; then, once all have read those, what solve() needs.
+// The products of the diagonal blocks over half of the channels each; then, once all have read those, what solve()
+// needs.
 struct SolveScratch {
   enum : int { kOfQ, kOfK };
   union {
@@ -119,8 +124,8 @@ struct ChunkPlace {
   int batch, head;
 };
 
-// Panels in shared memory: raw q, k and (bf16) g at first, operands of the recurrence at last. The gate, which is wanted first, comes
-// where the recurrence is done first.
+// Panels in shared memory: raw q, k and (bf16) g at first, operands of the recurrence at last. The gate, which is
+// wanted first, comes where the recurrence is done first.
 struct FactorPanels {
   char* gate;  // bf16 g, then -beta_i / |k_i|^2 k_i exp(G_i)
   char* q;     // q, then scale / |q_i| q_i exp(G_i)
@@ -133,7 +138,7 @@ struct SolvePanels {  // both zero above the diagonal blocks
 
 constexpr uint64_t kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
-// Requests, by one thread: of a tensor's panels; of q and k; of a gate, which is in bf16 in `panel` or in fp32 in the scratch.
+// Requests, by one thread: of a tensor's panels, a gate among them; of q and k.
 __device__ __forceinline__ void request_panels(CUtensorMap const& map, uint64_t* loaded, char* panels,
                                                ChunkPlace const& at, int head, int panel = 0) {
   cute::SM90_TMA_LOAD_5D::copy(&map, loaded, kStreamed, panels, 0, static_cast<int32_t>(at.first_token), panel, head,
@@ -195,15 +200,17 @@ __device__ __forceinline__ void make_matrix(uint32_t (&matrix)[4], int lane, F&&
   }
 }
 
-// What the sums of a channel's log decays (log2) start from, between 0 and 1/64, some units in the last place of bf16: multiples of the
-// golden ratio, far apart for neighbours. It cancels between row and column factors, and leaves the sums their digits.
+// What the sums of a channel's log decays (log2) start from, between 0 and 1/64, some units in the last place of bf16:
+// multiples of the golden ratio, far apart for neighbours. It cancels between row and column factors, and leaves the
+// sums their digits.
 __device__ __forceinline__ float dither(int pair) {
   return __uint_as_float(0x3c800000u | static_cast<uint32_t>(pair) * 0x9e3779b9u >> 9) - 0x1p-6f;
 }
 
-// The sums from the block's middle again, from 0, 16 tokens x 16 channels in the layout of a product, of clamped log decays; `high` and
-// `low` are the halves of the unclamped sums, loaded transposed: tokens 2 (lane % 4) + {0, 1} of 8, channel lane / 4 of 8 from `channel` on.
-// A product with a matrix of 0 and +-1, which bf16 holds exactly, of log decays in two parts with 16 bits.
+// The sums from the block's middle again, from 0, 16 tokens x 16 channels in the layout of a product, of clamped log
+// decays; `high` and `low` are the halves of the unclamped sums, loaded transposed: tokens 2 (lane % 4) + {0, 1} of 8,
+// channel lane / 4 of 8 from `channel` on. A product with a matrix of 0 and +-1, which bf16 holds exactly, of log
+// decays in two parts with 16 bits.
 __device__ __forceinline__ Product clamped_sums(uint32_t const (&matrix)[4], uint32_t const (&high)[4],
                                                 uint32_t const (&low)[4], int channel, int lane) {
   uint32_t first[4], rest[4];
@@ -295,8 +302,8 @@ __device__ __forceinline__ LeftOperand left_operand(Product const& p) {
   }
   return x;
 }
-// d += x * y, as exact as fp32 but for the products of the two low parts: with equal keys the merges below cancel nearly
-// everything, and what tf32 alone leaves behind would be as large as the rounding of T to bf16.
+// d += x * y, as exact as fp32 but for the products of the two low parts: with equal keys the merges below cancel
+// nearly everything, and what tf32 alone leaves behind would be as large as the rounding of T to bf16.
 __device__ __forceinline__ void multiply_fp32(Product& d, LeftOperand const& x, Block const& y, int lane) {
   int const row = lane >> 2, inner = 2 * (lane & 3);
 #pragma unroll
@@ -336,7 +343,8 @@ __device__ __forceinline__ void invert_diagonal(Block& a, int lane) {
   __syncwarp();
 }
 
-// Squares of q and of k summed over a half's channels for 16 tokens: the diagonals of a block's products with themselves.
+// Squares of q and of k summed over a half's channels for 16 tokens: the diagonals of a block's products with
+// themselves.
 __device__ __forceinline__ void store_square_sums(float* q_sums, float* k_sums, char const* q_panel,
                                                   char const* k_panel, uint32_t lane_offset, int lane) {
   Product product[2];
@@ -377,9 +385,9 @@ __device__ __forceinline__ bool sync_factor_warps_and(bool vote) {
   return all;
 }
 
-// The first step: panels and scratch.low, k_rows and columns. `warp` is 0 to 7; the gate is there already. Returns the warp's
-// parts of its diagonal block's products. All call `before_scratch()` before anything is written that the other step
-// reads, `before_keys()` before q and k are read.
+// The first step: panels and scratch.low, k_rows and columns. `warp` is 0 to 7; the gate is there already. Returns the
+// warp's parts of its diagonal block's products. All call `before_scratch()` before anything is written that the other
+// step reads, `before_keys()` before q and k are read.
 template <Gate kGate, bool kFp32Gate, int kUnroll, class F, class G>
 __device__ __forceinline__ void make_factors(Product& q_product, Product& k_product, ChunkParams const& p,
                                              ChunkPlace at, FactorPanels const& panels, FactorScratch& scratch,
@@ -399,10 +407,12 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
   RawBeta raw_beta;
   raw_beta.load(p, at, warp, lane);
 
-  // ---- sums of log decays (log2) from the block's middle, of channels 2 lane and 2 lane + 1. Their upper halves go over the gate.
+  // ---- sums of log decays (log2) from the block's middle, of channels 2 lane and 2 lane + 1. Their upper halves go
+  // over the gate.
   char* const low = reinterpret_cast<char*>(scratch.low[block][kHalfSteps * half]);
   int const channel = 64 * half + 2 * lane;
-  // Of token i the word at ^ (i % 8) << 4, + 128 i; of the lower halves at ^ (i % 4) << 5 ^ (i / 4 % 2) << 4, + 128 (i / 4).
+  // Of token i the word at ^ (i % 8) << 4, + 128 i; of the lower halves at ^ (i % 4) << 5 ^ (i / 4 % 2) << 4, + 128 (i
+  // / 4).
   uint32_t const high_words = cute::cast_smem_ptr_to_uint(gate_panel) + kBlock * block * kPanelRowBytes +
                               ((lane >> 2) << 4) + ((lane & 3) << 2);
   uint32_t const low_words =
@@ -671,8 +681,8 @@ __device__ __forceinline__ void store_diagonal_parts(SolveScratch& scratch, Prod
   }
 }
 
-// Which part of the second step a warp does: Akk and T by warps 0 to 3, Aqk by warps 4 to 7. Of the blocks below the diagonal, (1, 0);
-// (3, 0); (2, 0) and (2, 1); (3, 1) and (3, 2) by one warp each.
+// Which part of the second step a warp does: Akk and T by warps 0 to 3, Aqk by warps 4 to 7. Of the blocks below the
+// diagonal, (1, 0); (3, 0); (2, 0) and (2, 1); (3, 1) and (3, 2) by one warp each.
 struct SolveRole {
   int warp, block;
   bool of_q;
@@ -704,8 +714,8 @@ __device__ __forceinline__ void multiply_below(Product (&below)[2], SolveRole co
   }
 }
 
-// The second step, given the products below the diagonal: T~ and Aqk~. scratch.diagonal_parts is there already. The panels are
-// written after all have come.
+// The second step, given the products below the diagonal: T~ and Aqk~. scratch.diagonal_parts is there already. The
+// panels are written after all have come.
 __device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& scratch, Product const (&below)[2],
                                       SolveRole const& role, int lane) {
   int const block = role.block;
@@ -726,7 +736,8 @@ __device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& s
   });
   sync_solve_warps();
 
-  // ---- Aqk, and T = (I + Akk)^-1: its diagonal blocks, then its two 32 x 32 diagonal blocks, then what is left below them
+  // ---- Aqk, and T = (I + Akk)^-1: its diagonal blocks, then its two 32 x 32 diagonal blocks, then what is left below
+  // them
   if (role.of_q) {
     store_to_panel(panels.a_qk, block, block, product, lane);
 #pragma unroll

@@ -1,10 +1,11 @@
-// Fused: the whole prefill of a (sequence, head) in one CTA, for calls with enough of them to fill the card. Nothing but q,
-// k, v, g, beta and the output touches memory.
+// Fused: the whole prefill of a (sequence, head) in one CTA, for calls with enough of them to fill the card. Nothing
+// but q, k, v, g, beta and the output touches memory.
 //
-// Two warpgroups make factors (chunk.cuh) of a chunk. Two others, with half of the value channels each, solve the chunk before it and carry
-// the state through it (state.cuh). Raw q, k and g arrive where their factors go; the output leaves from where the values
-// came. CTAs are persistent, so that the next chain's first chunk is made ready while the last one's outputs are still computed.
-// Chains of one length are dealt in turn; of unequal lengths, whoever is free takes the next of the longest.
+// Two warpgroups make factors (chunk.cuh) of a chunk. Two others, with half of the value channels each, solve the chunk
+// before it and carry the state through it (state.cuh). Raw q, k and g arrive where their factors go; the output leaves
+// from where the values came. CTAs are persistent, so that the next chain's first chunk is made ready while the last
+// one's outputs are still computed. Chains of one length are dealt in turn; of unequal lengths, whoever is free takes
+// the next of the longest.
 #pragma once
 
 #include <cuda.h>
@@ -165,8 +166,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     }
     __syncwarp();
     if (at.tokens < kChunk) {
-      // A partial chunk token by token: behind its end lie another sequence's values, so those rows are read past the end
-      // of the tensor, which gives zeros.
+      // A partial chunk token by token: behind its end lie another sequence's values, so those rows are read past the
+      // end of the tensor, which gives zeros.
       for (int row = lane; row < kChunk; row += 32)
         for (int h = 0; h < 2; ++h)
           cute::SM90_TMA_LOAD_5D::copy(&p.v_token_map, loaded, kStreamed, x.v[h] + row * kPanelRowBytes, 0,
@@ -243,8 +244,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         EmptyBarrier::wait(&smem.decayed_read, n & 1);
         request_first(n + kStages);
       }
-      // V'^T = W^T T^T, then S^T += V'^T (K e^{G_end - G}) and O^T = S^T (Q e^G)^T + V'^T Aqk^T, not earlier and by halves of the
-      // tokens for want of registers. T and Aqk are lower triangular.
+      // V'^T = W^T T^T, then S^T += V'^T (K e^{G_end - G}) and O^T = S^T (Q e^G)^T + V'^T Aqk^T, not earlier and by
+      // halves of the tokens for want of registers. T and Aqk are lower triangular.
       uint32_t v_operand[16];
       static_for<2>([&](auto index) {
         std::integral_constant<int, 1 - index> constexpr half;  // the second first: it alone wants all of W

@@ -40,9 +40,9 @@ struct IndexView {
   bool is_int64 = false;
 };
 
-// Where the sequences of a prefill start and end. Without `slots` sequence n has state n. With it, the state that entry n
-// names; an entry outside [min_slot, num_slots) makes the sequence padding: its outputs are zero and no slot of its is read
-// or written.
+// Where the sequences of a prefill start and end. Without `slots` sequence n has state n. With it, the state that entry
+// n names; an entry outside [min_slot, num_slots) makes the sequence padding: its outputs are zero and no slot of its
+// is read or written.
 struct StateParams {
   StateView initial;     // data null: zeros; may alias final
   StateView final;       // data null: not wanted
@@ -55,10 +55,10 @@ struct StateParams {
   int64_t has_initial_stride = 0;
 };
 
-// States inside sequences, at multiples of 16 or 64 tokens. Entry (n, i) of [N, columns] asks for the state of sequence n after
-// `offsets` tokens in slot `slots`; with `indptr` sequence n has the entries indptr[n] up to, without, indptr[n + 1] of
-// one row. An offset that is not positive, past the sequence's end or no multiple of `multiple`, and a slot outside
-// [min_slot, num_slots), ask for nothing.
+// States inside sequences, at multiples of 16 or 64 tokens. Entry (n, i) of [N, columns] asks for the state of sequence
+// n after `offsets` tokens in slot `slots`; with `indptr` sequence n has the entries indptr[n] up to, without, indptr[n
+// + 1] of one row. An offset that is not positive, past the sequence's end or no multiple of `multiple`, and a slot
+// outside [min_slot, num_slots), ask for nothing.
 struct CheckpointParams {
   StateView states;  // data null: no checkpoints
   int64_t min_slot = 0;

@@ -1,5 +1,5 @@
-// What the kernels that stream chunks through a CTA share: eight warps make factors of a chunk (chunk.cuh) while the others
-// solve the chunk before it and go on from there. Raw q, k and g arrive by TMA where their factors go.
+// What the kernels that stream chunks through a CTA share: eight warps make factors of a chunk (chunk.cuh) while the
+// others solve the chunk before it and go on from there. Raw q, k and g arrive by TMA where their factors go.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -79,7 +79,8 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
   }
 }
 
-// The other warps' part in the n-th chunk, once it is ready: T~ and Aqk~. `read()` is called once all factors of the pairs are read.
+// The other warps' part in the n-th chunk, once it is ready: T~ and Aqk~. `read()` is called once all factors of the
+// pairs are read.
 template <class F>
 __device__ __forceinline__ void solve_chunk(Pipeline& pipe, SolvePanels const& panels, int warp, int lane, F&& read) {
   SolveRole const role(recomputed(warp));

@@ -17,8 +17,8 @@ constexpr int64_t kWorkspaceLimit = int64_t(208) << 20;
 constexpr int64_t kLeastSlab = 64;     // slots, below which a slab is not worth its launches
 constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
 
-// The chunks of a call go through the workspace in slabs: prepare fills one, recurrence empties it. With two buffers the
-// prepare of a slab runs beside the recurrence of the one before, on the SMs that it leaves free.
+// The chunks of a call go through the workspace in slabs: prepare fills one, recurrence empties it. With two buffers
+// the prepare of a slab runs beside the recurrence of the one before, on the SMs that it leaves free.
 struct Schedule {
   int slots;              // of all sequences
   int slab_slots;         // of one pair of launches
@@ -70,9 +70,8 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// A [B, T, heads, 128] tensor as boxes of `box_tokens` tokens of one head, 128 bytes each, which land as rows of panels.
-// Boxes of `box_tokens` tokens of one head, in dimensions (channel of a panel, token, panel, head, batch): `box_panels` panels of
-// 128 bytes a token, one after another.
+// A [B, T, heads, 128] tensor as boxes of `box_tokens` tokens of one head, which land as `box_panels` panels of 128 bytes
+// a token, one after another. Dimensions: channel of a panel, token, panel, head, batch.
 cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams const& p, int heads, int box_tokens,
                          int box_panels, bool fp32 = false) {
   auto const encode = encode_tiled();
@@ -146,7 +145,8 @@ template <Gate kGate, bool kFp32Gate>
 cudaError_t launch_prepare(PrepareParams const& params, bool overlap, cudaStream_t stream) {
   auto constexpr kKernel = prepare_kernel<kGate, kFp32Gate>;
   if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(PrepareSmem))) return error;
-  // Neighbouring heads together, for DRAM's sake. Where all may be for nothing, two waves of CTAs that take the slots in turn.
+  // Neighbouring heads together, for DRAM's sake. Where all may be for nothing, two waves of CTAs that take the slots
+  // in turn.
   int const slots = params.slab.end - params.slab.begin, heads = params.chunk.value_heads;
   dim3 const grid(heads, params.taken == nullptr ? slots : std::min(slots, (4 * sm_count() + heads - 1) / heads));
   return launch(kKernel, grid, kChunkThreads, sizeof(PrepareSmem), overlap, params, stream);
@@ -172,8 +172,8 @@ cudaError_t launch_recurrence(RecurrenceParams const& params, cudaStream_t strea
   return launch(kKernel, grid, Shape::kThreads, kSmem, true, params, stream);
 }
 
-// Which kernels a call launches. Where sequences are packed their lengths may have to decide, on the device: then both, and one of
-// them returns at once, for a few microseconds.
+// Which kernels a call launches. Where sequences are packed their lengths may have to decide, on the device: then both,
+// and one of them returns at once, for a few microseconds.
 struct Schedules {
   bool fused, split;
 };
@@ -187,9 +187,9 @@ Schedules choose_schedules(PrefillParams const& p, int sms) {
   return {true, p.cu_seqlens != nullptr && p.num_seqs > 1 && !any_lengths};
 }
 
-// The checkpoints between chunks (checkpoints.cuh): a prepare and a recurrence over the pieces of as many entries as the workspace
-// holds records, whose list lies where the recurrence before kept its carries. The host does not see the offsets; where none
-// asks for it the kernels return at once.
+// The checkpoints between chunks (checkpoints.cuh): a prepare and a recurrence over the pieces of as many entries as
+// the workspace holds records, whose list lies where the recurrence before kept its carries. The host does not see the
+// offsets; where none asks for it the kernels return at once.
 cudaError_t launch_pieces(PrefillParams const& p, PrepareParams prepare, RecurrenceParams recurrence,
                           cudaStream_t stream) {
   CheckpointParams const& checkpoints = p.checkpoints;

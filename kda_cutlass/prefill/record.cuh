@@ -6,10 +6,9 @@
 
 namespace kda {
 
-// One chunk of one value head, in the order and the shared-memory layout in which the recurrence wants it, so that one
-// bulk copy brings it. Panels are those of sm90.cuh. With G the inclusive cumulative log decay inside the chunk:
 // A thread of the recurrence wants the entries 8j + 2c and 8j + 2c + 1 of both vectors for one c < 4 and all j. They are
-// kept in the order (j / 2, c, j % 2, e), so that it reads four at a time and a warp's reads lie side by side.
+// kept in the order (j / 2, c, j % 2, e), so that it reads four at a time and a warp's reads lie side by side. G is the
+// inclusive cumulative log decay inside the chunk.
 struct ChunkFactors {
   float decay[kHeadDim];  // exp(G_end)
   float beta[kChunk];     // times r; 0 past the end of the sequence
@@ -18,6 +17,8 @@ struct ChunkFactors {
     return (n & ~15) | (n >> 1 & 3) << 2 | (n >> 3 & 1) << 1 | (n & 1);
   }
 };
+// One chunk of one value head, in the order and the shared-memory layout in which the recurrence wants it, so that one
+// bulk copy brings it. Panels are those of sm90.cuh.
 struct Record {
   // With r_i = 1 / |k_i| where keys are normalised, else 1; see chunk.cuh.
   char k_decayed[2]
@@ -83,8 +84,9 @@ struct Sequences {
   }
 };
 
-// Which schedule a call of packed sequences takes depends on their lengths, which only the device knows: the fused kernel, launched
-// first, decides and leaves its answer for the others. Costs are measured ones, in microseconds on an H200.
+// Which schedule a call of packed sequences takes depends on their lengths, which only the device knows: the fused
+// kernel, launched first, decides and leaves its answer for the others. Costs are measured ones, in microseconds on an
+// H200.
 struct Choice {
   static constexpr float kFusedChunk = 6.3f;   // of a chain in the fused kernel, one chain an SM
   static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card

@@ -71,7 +71,8 @@ __device__ __forceinline__ int64_t final_offset(StateParams const& p, int seq, i
   return slot < 0 ? -1 : slot * p.final.stride + head * kHeadDim * kHeadDim;
 }
 
-// Of a sequence without tokens, by `threads` threads: its state, [K, V] or [V, K], goes from where it starts to where it ends.
+// Of a sequence without tokens, by `threads` threads: its state, [K, V] or [V, K], goes from where it starts to where
+// it ends.
 __device__ __forceinline__ void keep_state(StateParams const& p, int seq, int head, int thread, int threads) {
   int64_t const from = initial_offset(p, seq, head), to = final_offset(p, seq, head);
   if (p.final.data == nullptr || to < 0) return;

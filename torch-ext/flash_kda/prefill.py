@@ -17,7 +17,7 @@ RECORD_BYTES = 66304
 STATE_BYTES = HEAD_DIM * HEAD_DIM * 4
 # Longer calls run in slabs that take turns in this much; a slab hands the states of its heads to the next.
 WORKSPACE_LIMIT = 208 << 20
-FLAG_BYTES = 256  # which schedule the lengths of packed sequences asked for
+FLAG_BYTES = 256  # which schedule the lengths of packed sequences asked for, and how many of their chains are dealt
 ALIGNMENT = 16  # bytes: TMA reads rows at such addresses and strides
 WORKSPACE_ALIGNMENT = 256  # bytes
 
