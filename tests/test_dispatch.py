@@ -158,3 +158,4 @@ def test_alignment(kernel):
     assert not aligned(torch.zeros(2, 70, 4, 136, dtype=torch.bfloat16)[..., 1:129])
     assert not aligned(x[:1].expand(2, -1, -1, -1))
     assert aligned(wide[:1, :1, :1, :128])
+    assert not aligned(torch.empty_strided((2, 0, 1, 128), (0, 128, 128, 1), dtype=torch.bfloat16))

@@ -6,6 +6,7 @@ Every comparison first asserts which functions run. The tests that fit any devic
 
 import copy
 import functools
+import importlib.util
 import json
 import logging
 import operator
@@ -105,7 +106,9 @@ def test_fp32_logits_are_the_original_ones(kernel, device, family, way, softplus
 @pytest.mark.parametrize("way", WAYS)
 def test_bf16_logits_are_no_further_from_fp32_than_before(kernel, device, family, way, caplog):
     """The error of both is that of bf16 projections. Over several models (`SEEDS`). On a Hopper GPU this is
-    the CUDA kernel."""
+    the CUDA kernel; with FLA installed the original model runs FLA's there, and ours is strictly closer. Without it the
+    original runs its own fp32 recurrence, whose only error is that of its bf16 inputs, and a kernel with bf16 operands
+    adds 1 % to the model's error."""
     caplog.set_level(logging.INFO, "flash_kda")
     before = after = 0.0
     for seed in SEEDS:
@@ -117,7 +120,8 @@ def test_bf16_logits_are_no_further_from_fp32_than_before(kernel, device, family
         with kernelized(model, kernel.kernel_mapping()):
             assert_replaced(kernel, model)
             after += relative_error(WAYS[way](model, ids), expected) ** 2
-    assert after**0.5 < 1.03 * before**0.5
+    runs_fla = device.type == "cuda" and importlib.util.find_spec("fla") is not None
+    assert after**0.5 < (1.0 if runs_fla else 1.03) * before**0.5
     cuda = {"cuda prefill"} if way == "prefill" else {"cuda prefill", "cuda decode"}
     assert paths_taken(caplog) == (cuda if has_cuda_kernel(kernel, device) else {"pytorch"})
 

@@ -373,7 +373,7 @@ def _tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], beside: torch.Te
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {' or '.join(str(d) for d in dtypes)}, got {x.dtype}")
-    if beside is not None and x.device != beside.device:
+    if beside is not None and x is not beside and x.device != beside.device:
         raise ValueError(f"{name}: expected device {beside.device}, that of q, got {x.device}")
 
 
@@ -383,7 +383,7 @@ def _has_shape(name: str, x: torch.Tensor, shape: tuple[int, ...], meaning: str)
 
 
 def _dense_rows(name: str, x: torch.Tensor) -> None:
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got strides {list(x.stride())}")
 
 

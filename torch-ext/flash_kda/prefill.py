@@ -57,8 +57,8 @@ def run(
     q, k, v, g = (x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in call[:4])
     target = out if _aligned(out) else out.clone(memory_format=torch.contiguous_format)
     beta = call.beta if call.beta.dtype in STATE_FLOATS else call.beta.float()
-    A_log = None if call.A_log is None else call.A_log.reshape(HV).float().contiguous()
-    dt_bias = None if call.dt_bias is None else call.dt_bias.reshape(HV, K).float().contiguous()
+    A_log = None if call.A_log is None else _floats(call.A_log, (HV,))
+    dt_bias = None if call.dt_bias is None else _floats(call.dt_bias, (HV, K))
     initial_state = call.initial_state
     if initial_state is not None and (states is None or states.ssm_state_indices is None):
         initial_state = initial_state.contiguous()
@@ -96,7 +96,16 @@ def run(
         out.copy_(target)
 
 
+def _floats(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """x as contiguous float32 of this shape, which parameters are as they come."""
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        x = x.float().contiguous()
+    return x if x.shape == shape else x.view(shape)
+
+
 def _aligned(x: torch.Tensor) -> bool:
+    if x.is_contiguous() and x.numel() > 0:  # rows of HEAD_DIM elements; without any, strides may be anything
+        return x.data_ptr() % ALIGNMENT == 0
     unit = ALIGNMENT // x.element_size()
     for size, stride in zip(x.shape[:3], x.stride()):
         # Nothing steps along a dimension of size 1. A stride of 0 repeats rows, which TMA does not take.
