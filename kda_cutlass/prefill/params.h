@@ -5,10 +5,9 @@
 
 #include <cstdint>
 
-namespace kda {
+#include "schedule.h"
 
-constexpr int kHeadDim = 128;  // K = V, the only head dimension of the CUDA kernels
-constexpr int kChunk = 64;     // tokens a chunk
+namespace kda {
 
 enum class Dtype : int { kBf16 = 0, kFp32 = 1 };
 enum class Gate : int {

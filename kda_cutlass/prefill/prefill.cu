@@ -1,4 +1,4 @@
-// Host side of the prefill: the slabs, the shape-to-schedule choice and the launches.
+// Host side of the prefill: tensor maps and launches.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -12,48 +12,6 @@
 
 namespace kda {
 namespace {
-
-constexpr int64_t kWorkspaceLimit = int64_t(208) << 20;
-constexpr int64_t kLeastSlab = 64;     // slots, below which a slab is not worth its launches
-constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
-
-// The chunks of a call go through the workspace in slabs: prepare fills one, recurrence empties it. With two buffers
-// the prepare of a slab runs beside the recurrence of the one before, on the SMs that it leaves free.
-struct Schedule {
-  int slots;              // of all sequences
-  int slab_slots;         // of one pair of launches
-  int buffers;            // slabs that lie in the workspace at a time
-  bool split_values;      // two CTAs a head in the recurrence
-  int64_t records_bytes;  // of one slab
-  int64_t carry_bytes;    // of the states of all heads that one slab hands to the next; two of them, used in turn
-};
-
-int64_t slot_count(int64_t tokens, int batch, int num_seqs, bool packed) {
-  return packed ? tokens / kChunk + num_seqs : batch * ((tokens + kChunk - 1) / kChunk);
-}
-constexpr int64_t kFlagBytes = 256;  // of the workspace, in front: Choice's answer, and how many chains are dealt
-int64_t slot_bytes(int value_heads) { return int64_t(value_heads) * kRecordBytes; }
-int64_t carry_bytes(int value_heads) { return int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float); }
-
-Schedule make_schedule(int64_t slots, int num_seqs, int value_heads, int64_t workspace_bytes, int sms) {
-  int64_t const capacity =
-      std::max<int64_t>((workspace_bytes - kFlagBytes - 2 * carry_bytes(value_heads)) / slot_bytes(value_heads), 1);
-  auto slabs_of = [&](int64_t most) { return std::max<int64_t>((slots + most - 1) / most, 1); };
-  // Sequences and heads that a slab holds, when it holds as many sequences as its share of all slots.
-  auto chains_of = [&](int64_t slabs) { return (num_seqs + slabs - 1) / slabs * value_heads; };
-  // Two CTAs a head while that leaves no SM without work that one CTA a head would have given it.
-  auto split = [&](int64_t chains) { return 2 * chains <= sms; };
-
-  int64_t slabs = slabs_of(std::min(capacity, kMostSlots));
-  int64_t const ctas = chains_of(slabs) * (split(chains_of(slabs)) ? 2 : 1);
-  // Two buffers, where the recurrence leaves a quarter of the SMs free; slabs smaller than half of all chunks gain
-  // nothing more (docs/kernel-notes.md).
-  int const buffers = slots > kLeastSlab && capacity > 1 && 4 * ctas < 3 * sms ? 2 : 1;
-  if (buffers == 2) slabs = slabs_of(std::min({std::max(kLeastSlab, slots / 2), capacity / 2, kMostSlots}));
-  int64_t const slab_slots = (slots + slabs - 1) / slabs;  // of about equal size
-  return {static_cast<int>(slots), static_cast<int>(slab_slots),         buffers,
-          split(chains_of(slabs)), slab_slots * slot_bytes(value_heads), carry_bytes(value_heads)};
-}
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
@@ -172,19 +130,8 @@ cudaError_t launch_recurrence(RecurrenceParams const& params, cudaStream_t strea
   return launch(kKernel, grid, Shape::kThreads, kSmem, true, params, stream);
 }
 
-// Which kernels a call launches. Where sequences are packed their lengths may have to decide, on the device: then both,
-// and one of them returns at once, for a few microseconds.
-struct Schedules {
-  bool fused, split;
-};
-Schedules choose_schedules(PrefillParams const& p, int sms) {
-  if (p.checkpoints.states.data != nullptr) return {false, true};  // only the recurrence writes them
-  int64_t const chains = int64_t(p.num_seqs) * p.value_heads;
-  int64_t const each = (p.tokens * p.batch / p.num_seqs + kChunk - 1) / kChunk;  // chunks, were all of one length
-  if (!Choice::fused_pays(each, each * chains, chains, sms)) return {false, true};
-  // With many heads one sequence that holds nearly all tokens is not much slower for it.
-  bool const any_lengths = Choice::kSplitChunk * p.value_heads >= .8f * Choice::kFusedChunk;
-  return {true, p.cu_seqlens != nullptr && p.num_seqs > 1 && !any_lengths};
+CallShape shape_of(PrefillParams const& p) {
+  return {p.tokens, p.batch, p.num_seqs, p.value_heads, p.cu_seqlens != nullptr, p.checkpoints.states.data != nullptr};
 }
 
 // The checkpoints between chunks (checkpoints.cuh): a prepare and a recurrence over the pieces of as many entries as
@@ -198,9 +145,8 @@ cudaError_t launch_pieces(PrefillParams const& p, PrepareParams prepare, Recurre
   char* const list = static_cast<char*>(p.workspace) + kFlagBytes;
   Piece* const pieces = reinterpret_cast<Piece*>(list);
   Record* const records = reinterpret_cast<Record*>(list + list_bytes);
-  int64_t const capacity =
-      std::max<int64_t>((p.workspace_bytes - kFlagBytes - list_bytes) / slot_bytes(p.value_heads), 1);
-  int64_t const most = std::min({capacity, list_bytes / int64_t(sizeof(Piece)), kMostSlots});
+  int64_t const most =
+      std::min({slot_capacity(p.workspace_bytes, p.value_heads), list_bytes / int64_t(sizeof(Piece)), kMostSlots});
   PiecesParams params = {checkpoints, recurrence.sequences, p.state, pieces};
 
   StateParams& state = recurrence.state = {};
@@ -235,20 +181,19 @@ cudaError_t launch_pieces(PrefillParams const& p, PrepareParams prepare, Recurre
 }  // namespace
 
 int64_t prefill_workspace_size(int64_t tokens, int batch, int num_seqs, int value_heads, bool packed) {
-  int64_t const fixed = kFlagBytes + 2 * carry_bytes(value_heads);
-  int64_t const most = std::max<int64_t>((kWorkspaceLimit - fixed) / slot_bytes(value_heads), 1);
-  return std::min(slot_count(tokens, batch, num_seqs, packed), most) * slot_bytes(value_heads) + fixed;
+  return workspace_size({tokens, batch, num_seqs, value_heads, packed, false});
 }
 
 cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   if (p.num_seqs == 0 || p.value_heads == 0) return cudaSuccess;
-  int64_t const slots = slot_count(p.tokens, p.batch, p.num_seqs, p.cu_seqlens != nullptr);
-  Schedule const schedule = make_schedule(slots, p.num_seqs, p.value_heads, p.workspace_bytes, sm_count());
+  CallShape const shape = shape_of(p);
+  Schedules const schedules = choose_schedules(shape, sm_count());
+  Slabs const slabs = make_slabs(shape, p.workspace_bytes, sm_count());
   Sequences const sequences = {p.cu_seqlens, p.cu_seqlens_is_int64, p.num_seqs,
                                static_cast<int>((p.tokens + kChunk - 1) / kChunk), p.tokens};
   char* const carries = static_cast<char*>(p.workspace) + kFlagBytes;
-  char* const records = carries + 2 * schedule.carry_bytes;
-  auto carry = [&](int index) { return reinterpret_cast<float*>(carries + (index & 1) * schedule.carry_bytes); };
+  char* const records = carries + 2 * slabs.carry_bytes;
+  auto carry = [&](int index) { return reinterpret_cast<float*>(carries + (index & 1) * slabs.carry_bytes); };
 
   ChunkParams chunk = {{},
                        {},
@@ -276,7 +221,6 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   if (cudaError_t const error = encode_boxes(v_map, p.v, p, p.value_heads, kChunk, 1)) return error;
   if (cudaError_t const error = encode_boxes(v_token_map, p.v, p, p.value_heads, 1, 1)) return error;
 
-  Schedules const schedules = choose_schedules(p, sm_count());
   int* const flags = static_cast<int*>(p.workspace);
   int* const taken = schedules.fused && schedules.split ? flags : nullptr;
   int* const dealt = schedules.fused && p.cu_seqlens != nullptr && p.num_seqs > 1 ? flags + 1 : nullptr;
@@ -294,27 +238,26 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   RecurrenceParams recurrence = {v_map,         v_token_map, sequences,     {},  taken,
                                  p.value_heads, p.state,     p.checkpoints, out, tensor_tokens};
   int index = 0;
-  for (int begin = 0; begin < schedule.slots || index == 0; begin += schedule.slab_slots, ++index) {
-    Slab const slab = {begin, std::min(begin + schedule.slab_slots, schedule.slots),
-                       reinterpret_cast<Record*>(records + index % schedule.buffers * schedule.records_bytes),
-                       carry(index), carry(index + 1)};
+  for (int begin = 0; begin < slabs.slots || index == 0; begin += slabs.slab_slots, ++index) {
+    Slab const slab = {begin, std::min(begin + slabs.slab_slots, slabs.slots),
+                       reinterpret_cast<Record*>(records + index % slabs.buffers * slabs.records_bytes), carry(index),
+                       carry(index + 1)};
     prepare.slab = recurrence.slab = slab;
-    bool const overlap = index > 0 && schedule.buffers == 2;
+    bool const overlap = index > 0 && slabs.buffers == 2;
     if (slab.end > slab.begin) {
       cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
         return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, overlap, stream);
       });
       if (error != cudaSuccess) return error;
     }
-    bool const checkpoints = p.checkpoints.states.data != nullptr;
-    auto* const launch_it = schedule.split_values
-                                ? checkpoints ? launch_recurrence<1, true> : launch_recurrence<1, false>
-                            : checkpoints ? launch_recurrence<2, true>
-                                          : launch_recurrence<2, false>;
+    bool const checkpoints = shape.checkpoints;
+    auto* const launch_it = slabs.split_values ? checkpoints ? launch_recurrence<1, true> : launch_recurrence<1, false>
+                            : checkpoints      ? launch_recurrence<2, true>
+                                               : launch_recurrence<2, false>;
     cudaError_t const error = launch_it(recurrence, stream);
     if (error != cudaSuccess) return error;
   }
-  bool const between = p.checkpoints.states.data != nullptr && p.checkpoints.multiple < kChunk;
+  bool const between = shape.checkpoints && p.checkpoints.multiple < kChunk;
   return between ? launch_pieces(p, prepare, recurrence, stream) : cudaSuccess;
 }
 

@@ -30,8 +30,7 @@ struct Record {
   ChunkFactors factors;
 };
 constexpr int kRecordPanelBytes = 8 * 64 * kPanelRowBytes;
-constexpr int kRecordBytes = sizeof(Record);
-static_assert(kRecordBytes == 66304, "flash_kda.prefill.workspace_size knows this size");
+static_assert(sizeof(Record) == kRecordBytes);
 
 // A chunk or less of a sequence, as a sequence of its own.
 struct alignas(16) Piece {
@@ -81,22 +80,6 @@ struct Sequences {
       hi = min(lo + step, hi);
     }
     return lo;
-  }
-};
-
-// Which schedule a call of packed sequences takes depends on their lengths, which only the device knows: the fused
-// kernel, launched first, decides and leaves its answer for the others. Costs are measured ones, in microseconds on an
-// H200.
-struct Choice {
-  static constexpr float kFusedChunk = 6.3f;   // of a chain in the fused kernel, one chain an SM
-  static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card
-  static constexpr float kSplitStep = 1.f;     // of a chain in the recurrence
-
-  static __host__ __device__ __forceinline__ bool fused_pays(int64_t longest, int64_t chunks, int64_t chains, int sms) {
-    float const even = float(chunks) / float(chains < sms ? chains : sms);
-    float const fused = kFusedChunk * (even > longest ? even : float(longest));
-    float const split = kSplitChunk * chunks, chain = kSplitStep * longest;
-    return fused < (split > chain ? split : chain);
   }
 };
 

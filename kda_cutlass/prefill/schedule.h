@@ -1,0 +1,117 @@
+// Which kernels a prefill launches, over how much of it at a time, and the workspace that this takes: from its shape
+// alone, in plain C++, so that tests ask it without a GPU. What depends on the lengths of packed sequences the device
+// decides, by the same costs.
+//
+//   fused  one CTA a chain (sequence, head): for calls with enough chains to fill the card; no workspace but flags
+//   split  prepare makes records of chunks, for all chains in parallel, recurrence walks the chains with them
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define KDA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define KDA_HOST_DEVICE inline
+#endif
+
+namespace kda {
+
+constexpr int kHeadDim = 128;        // K = V, the only head dimension of the CUDA kernels
+constexpr int kChunk = 64;           // tokens a chunk
+constexpr int kRecordBytes = 66304;  // of a chunk and value head, between prepare and recurrence (record.cuh)
+
+// Costs measured on an H200, in microseconds (docs/kernel-notes.md).
+struct Choice {
+  static constexpr float kFusedChunk = 6.3f;   // of a chain in the fused kernel, one chain an SM
+  static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card
+  static constexpr float kSplitStep = 1.f;     // of a chain in the recurrence
+
+  static KDA_HOST_DEVICE bool fused_pays(int64_t longest, int64_t chunks, int64_t chains, int sms) {
+    float const even = float(chunks) / float(chains < sms ? chains : sms);
+    float const fused = kFusedChunk * (even > longest ? even : float(longest));
+    float const split = kSplitChunk * chunks, chain = kSplitStep * longest;
+    return fused < (split > chain ? split : chain);
+  }
+};
+
+struct CallShape {
+  int64_t tokens;  // T
+  int batch, num_seqs, value_heads;
+  bool packed;       // with cu_seqlens
+  bool checkpoints;  // states inside sequences are wanted
+};
+
+// Which schedules a call launches: both where sequences are packed and their lengths have to decide. The fused kernel,
+// in front, then leaves word whether it did the call, and the split kernels return at once if so.
+struct Schedules {
+  bool fused, split;
+};
+inline Schedules choose_schedules(CallShape const& call, int sms) {
+  if (call.checkpoints) return {false, true};  // only the recurrence writes them
+  int64_t const chains = int64_t(call.num_seqs) * call.value_heads;
+  int64_t const each = (call.tokens * call.batch / call.num_seqs + kChunk - 1) / kChunk;  // chunks, were all alike
+  if (!Choice::fused_pays(each, each * chains, chains, sms)) return {false, true};
+  // With many heads one sequence that holds nearly all tokens is not much slower for it.
+  bool const any_lengths = Choice::kSplitChunk * call.value_heads >= .8f * Choice::kFusedChunk;
+  return {true, call.packed && call.num_seqs > 1 && !any_lengths};
+}
+
+// ---- the split schedule
+constexpr int64_t kWorkspaceLimit = int64_t(208) << 20;
+constexpr int64_t kFlagBytes = 256;    // of the workspace, in front: Choice's answer, and how many chains are dealt
+constexpr int64_t kLeastSlab = 64;     // slots, below which a slab is not worth its launches
+constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
+
+// Chunks of all sequences, each with a record a head (Sequences in record.cuh).
+inline int64_t slot_count(CallShape const& call) {
+  return call.packed ? call.tokens / kChunk + call.num_seqs : call.batch * ((call.tokens + kChunk - 1) / kChunk);
+}
+inline int64_t slot_bytes(int value_heads) { return int64_t(value_heads) * kRecordBytes; }
+inline int64_t carry_bytes(int value_heads) { return int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float); }
+
+// Slots whose records lie in the workspace beside flags and carries.
+inline int64_t slot_capacity(int64_t workspace_bytes, int value_heads) {
+  return std::max<int64_t>((workspace_bytes - kFlagBytes - 2 * carry_bytes(value_heads)) / slot_bytes(value_heads), 1);
+}
+// What a call asks for: at most the limit, or one chunk of every head where that is more.
+inline int64_t workspace_size(CallShape const& call) {
+  int64_t const most = slot_capacity(kWorkspaceLimit, call.value_heads);
+  return std::min(slot_count(call), most) * slot_bytes(call.value_heads) + kFlagBytes +
+         2 * carry_bytes(call.value_heads);
+}
+
+// The slots go through the workspace in slabs: prepare fills one, recurrence empties it. With two buffers the prepare of
+// a slab runs beside the recurrence of the one before, on the SMs that it leaves free.
+struct Slabs {
+  int slots;              // of all sequences
+  int slab_slots;         // of one pair of launches
+  int buffers;            // slabs that lie in the workspace at a time
+  bool split_values;      // two CTAs a head in the recurrence
+  int64_t records_bytes;  // of one slab
+  int64_t carry_bytes;    // of the states of all heads that one slab hands to the next; two of them, used in turn
+};
+inline Slabs make_slabs(CallShape const& call, int64_t workspace_bytes, int sms) {
+  int64_t const slots = slot_count(call), capacity = slot_capacity(workspace_bytes, call.value_heads);
+  auto const slabs_of = [&](int64_t most) { return std::max<int64_t>((slots + most - 1) / most, 1); };
+  // Sequences and heads that a slab holds, when it holds as many sequences as its share of all slots.
+  auto const chains_of = [&](int64_t slabs) { return (call.num_seqs + slabs - 1) / slabs * call.value_heads; };
+  // Two CTAs a head while that leaves no SM without work that one CTA a head would have given it.
+  auto const split = [&](int64_t chains) { return 2 * chains <= sms; };
+
+  int64_t slabs = slabs_of(std::min(capacity, kMostSlots));
+  int64_t const ctas = chains_of(slabs) * (split(chains_of(slabs)) ? 2 : 1);
+  // Two buffers, where the recurrence leaves a quarter of the SMs free; slabs smaller than half of all chunks gain
+  // nothing more (docs/kernel-notes.md).
+  int const buffers = slots > kLeastSlab && capacity > 1 && 4 * ctas < 3 * sms ? 2 : 1;
+  if (buffers == 2) slabs = slabs_of(std::min({std::max(kLeastSlab, slots / 2), capacity / 2, kMostSlots}));
+  int64_t const slab_slots = (slots + slabs - 1) / slabs;  // of about equal size
+  return {static_cast<int>(slots),
+          static_cast<int>(slab_slots),
+          buffers,
+          split(chains_of(slabs)),
+          slab_slots * slot_bytes(call.value_heads),
+          carry_bytes(call.value_heads)};
+}
+
+}  // namespace kda

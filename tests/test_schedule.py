@@ -1,0 +1,136 @@
+"""Which kernels a prefill launches and what they take of the workspace: kda_cutlass/prefill/schedule.h, which is plain C++,
+compiled and asked here without a GPU."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SCHEDULE = Path(__file__).parents[1] / "kda_cutlass" / "prefill" / "schedule.h"
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+pytestmark = pytest.mark.skipif(
+    not SCHEDULE.exists() or COMPILER is None, reason="needs the sources and a C++ compiler"
+)
+SMS = 132  # of an H200
+LIMIT = 208 << 20
+
+ASK = r"""
+#include <cstdio>
+#include "schedule.h"
+int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpoints workspace_bytes sms
+  long long tokens, workspace;
+  int batch, num_seqs, heads, packed, checkpoints, sms;
+  while (std::scanf("%lld %d %d %d %d %d %lld %d", &tokens, &batch, &num_seqs, &heads, &packed, &checkpoints, &workspace,
+                    &sms) == 8) {
+    kda::CallShape const call = {tokens, batch, num_seqs, heads, packed != 0, checkpoints != 0};
+    kda::Schedules const s = kda::choose_schedules(call, sms);
+    long long const size = kda::workspace_size(call);
+    kda::Slabs const slabs = kda::make_slabs(call, workspace > 0 ? workspace : size, sms);
+    std::printf("{\"fused\": %d, \"split\": %d, \"workspace\": %lld, \"slots\": %d, \"slab_slots\": %d, \"buffers\": %d, "
+                "\"split_values\": %d, \"records\": %lld, \"carry\": %lld}\n", s.fused, s.split, size, slabs.slots,
+                slabs.slab_slots, slabs.buffers, slabs.split_values, (long long)slabs.records_bytes,
+                (long long)slabs.carry_bytes);
+    std::fflush(stdout);
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("schedule")
+    (folder / "ask.cpp").write_text(ASK)
+    command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Werror", f"-I{SCHEDULE.parent}", "ask.cpp", "-o", "ask"]
+    subprocess.run(command, cwd=folder, check=True)
+    with subprocess.Popen([folder / "ask"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def of(heads, lengths=None, *, tokens=None, batch=1, sequences=None, checkpoints=False, workspace=0, sms=SMS):
+            packed = lengths is not None and len(lengths) > 1 or sequences is not None
+            tokens = sum(lengths) if tokens is None else tokens
+            sequences = sequences if sequences is not None else len(lengths) if lengths is not None else batch
+            process.stdin.write(f"{tokens} {batch} {sequences} {heads} {packed:d} {checkpoints:d} {workspace} {sms}\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield of
+        process.stdin.close()
+
+
+MIX = [1300, 547, 2048, 963, 271, 3063]
+
+
+@pytest.mark.parametrize(
+    "heads, lengths, launched",
+    [
+        (96, [8192], "fused"),
+        (96, MIX, "fused"),
+        (96, [1024] * 8, "fused"),
+        (64, [8192], "split"),
+        (64, MIX, "fused"),
+        (64, [1024] * 8, "fused"),
+        (64, [16384], "split"),
+        (64, [8192] * 2, "fused"),
+        (32, [512], "split"),
+        (32, [8192], "split"),
+        (32, [131072], "split"),
+        (32, [1024] * 8, "fused split"),  # few heads: the lengths may be anything, and decide
+        (32, [256] * 32, "fused split"),
+        (32, [1024] * 64, "fused split"),
+        (12, [8192], "split"),
+        (8, [65536], "split"),
+        (8, [4] * 1000, "fused split"),
+    ],
+)
+def test_the_choice_for_the_benchmarks_shapes(ask, heads, lengths, launched):
+    answer = ask(heads, lengths)
+    assert " ".join(name for name in ("fused", "split") if answer[name]) == launched
+
+
+def test_checkpoints_are_written_by_the_split_schedule(ask):
+    answer = ask(96, [1024] * 8, checkpoints=True)
+    assert answer["split"] and not answer["fused"]
+
+
+@pytest.mark.parametrize(
+    "heads, lengths, ctas_a_head", [(8, [8192], 2), (66, [8192], 2), (67, [8192], 1), (96, [64], 1)]
+)
+def test_two_ctas_a_head_while_the_card_has_room(ask, heads, lengths, ctas_a_head):
+    assert ask(heads, lengths)["split_values"] == ctas_a_head - 1
+
+
+calls = {
+    "heads": st.integers(1, 96) | st.integers(97, 6000),
+    "tokens": st.integers(0, 4096) | st.integers(0, 1 << 22),
+    "count": st.integers(1, 8) | st.integers(1, 2000),
+    "packed": st.booleans(),
+    "sms": st.sampled_from([SMS, 114, 78, 1]),
+    "checkpoints": st.booleans(),
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(**calls, times=st.integers(1, 4))
+def test_every_call_is_served_within_its_workspace(ask, heads, tokens, count, packed, sms, checkpoints, times):
+    shape = {"sequences": count} if packed else {"batch": count}
+    size = ask(heads, tokens=tokens, checkpoints=checkpoints, sms=sms, **shape)["workspace"]
+    answer = ask(heads, tokens=tokens, checkpoints=checkpoints, sms=sms, workspace=size * times, **shape)
+    assert answer["fused"] or answer["split"]
+    one = 256 + 2 * answer["carry"] + heads * 66304
+    assert size <= max(LIMIT, one)
+    assert 256 + 2 * answer["carry"] + answer["buffers"] * answer["records"] <= max(size * times, one)
+    assert answer["slots"] >= -(-tokens // 64) * (1 if packed else count)  # a slot for each chunk
+    assert answer["slab_slots"] >= 1 or answer["slots"] == 0
+    assert answer["slab_slots"] <= 65535 and answer["buffers"] in (1, 2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(heads=calls["heads"], tokens=calls["tokens"], count=calls["count"], packed=st.booleans())
+def test_python_knows_the_workspace(ask, kernel, heads, tokens, count, packed):
+    shape = {"sequences": count} if packed else {"batch": count}
+    expected = ask(heads, tokens=tokens, **shape)["workspace"]
+    assert kernel.prefill.workspace_size(1 if packed else count, tokens, count, heads, packed) == expected
+    assert kernel.get_workspace_size(tokens, heads, count) >= ask(heads, tokens=tokens, sequences=count)["workspace"]
