@@ -423,7 +423,7 @@ def make_wheel(folder: Path, *options: str) -> Path:
 
 
 def test_wheel_installs_and_imports(tmp_path):
-    wheel = make_wheel(tmp_path, "-C", "backend=cpu")
+    wheel = make_wheel(tmp_path, "--config-settings", "backend=cpu")
     assert wheel.name == "flash_kda-1-py3-none-any.whl"
     target = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel], check=True)
@@ -437,7 +437,7 @@ def test_wheel_installs_and_imports(tmp_path):
 
 @needs_nvcc
 def test_cuda_wheel(tmp_path, cuda_variant):
-    wheel = make_wheel(tmp_path, "-C", "backend=cuda")
+    wheel = make_wheel(tmp_path, "--config-settings", "backend=cuda")
     assert wheel.name == "flash_kda-1-cp39-abi3-manylinux_2_28_x86_64.whl"
     package = {
         name.removeprefix("flash_kda/") for name in zipfile.ZipFile(wheel).namelist() if name.startswith("flash_kda/")
