@@ -183,6 +183,19 @@ def packed_projection(p, args, offset=0):
     return views
 
 
+@pytest.mark.parametrize("function", ["chunk_kda", "fused_recurrent_kda"])
+def test_parameters_anywhere_in_memory(kernel, p, function):
+    """Parts of a larger buffer start at any multiple of 4 bytes; the kernels read 16 at a time."""
+    args = make(p, T=5, H=3)
+    expected = getattr(kernel, function)(**args)
+    for name in ("A_log", "dt_bias"):
+        buffer = torch.cat([args[name].new_zeros(1), args[name]])
+        assert buffer[1:].data_ptr() % 16
+        args[name] = buffer[1:]
+    for actual, first in zip(getattr(kernel, function)(**args), expected):
+        assert torch.equal(actual, first)
+
+
 @pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("lengths", [None, [33, 64, 3]], ids=["fixed", "packed"])
 def test_views_of_a_packed_projection(kernel, p, offset, lengths):

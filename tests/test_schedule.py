@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 SCHEDULE = Path(__file__).parents[1] / "kda_cutlass" / "prefill" / "schedule.h"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-pytestmark = pytest.mark.skipif(
-    not SCHEDULE.exists() or COMPILER is None, reason="needs the sources and a C++ compiler"
-)
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 SMS = 132  # of an H200
 LIMIT = 208 << 20
 

@@ -1,7 +1,7 @@
 """The PEP 517 backend of pyproject.toml: `pip install .` installs the package that tools/build.py builds.
 
 The variant follows the torch of the installing interpreter: native where torch has CUDA and nvcc is at hand, Python only
-otherwise. `-C backend=cuda` (or cpu, torch-cuda) asks for one.
+otherwise. `--config-settings backend=cuda` (or cpu, torch-cuda) asks for one.
 """
 
 from __future__ import annotations

@@ -177,6 +177,7 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
     if (dt_bias) {
       check_shape(*dt_bias, {HV, D}, "dt_bias");
       check_dtype(*dt_bias, true, false, "dt_bias");
+      check_alignment(*dt_bias, kAlignment, "dt_bias");
       params.dt_bias = static_cast<const float*>(contiguous(*dt_bias, q, "dt_bias"));
     }
   }

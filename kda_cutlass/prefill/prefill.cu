@@ -250,10 +250,10 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
       });
       if (error != cudaSuccess) return error;
     }
-    bool const checkpoints = shape.checkpoints;
-    auto* const launch_it = slabs.split_values ? checkpoints ? launch_recurrence<1, true> : launch_recurrence<1, false>
-                            : checkpoints      ? launch_recurrence<2, true>
-                                               : launch_recurrence<2, false>;
+    auto* const launch_it = slabs.split_values
+                                ? shape.checkpoints ? launch_recurrence<1, true> : launch_recurrence<1, false>
+                            : shape.checkpoints ? launch_recurrence<2, true>
+                                                : launch_recurrence<2, false>;
     cudaError_t const error = launch_it(recurrence, stream);
     if (error != cudaSuccess) return error;
   }

@@ -17,9 +17,10 @@
 
 namespace kda {
 
-constexpr int kHeadDim = 128;        // K = V, the only head dimension of the CUDA kernels
-constexpr int kChunk = 64;           // tokens a chunk
-constexpr int kRecordBytes = 66304;  // of a chunk and value head, between prepare and recurrence (record.cuh)
+constexpr int kHeadDim = 128;  // K = V, the only head dimension of the CUDA kernels
+constexpr int kChunk = 64;     // tokens a chunk
+// Of a chunk and value head, between prepare and recurrence: Record in record.cuh, which flash_kda.prefill knows too.
+constexpr int kRecordBytes = 66304;
 
 // Costs measured on an H200, in microseconds (docs/kernel-notes.md).
 struct Choice {

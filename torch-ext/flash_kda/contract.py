@@ -351,6 +351,16 @@ def check_contents(call: Call, states: PrefillStates | None = None) -> None:
         raise _broken("cu_seqlens", f"no element past T = {T}", bounds[-1])
 
 
+def as_parameter(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """``A_log`` or ``dt_bias`` as the kernels read it: contiguous float32 of this shape at a multiple of 16 bytes, which a
+    parameter mostly is as it comes."""
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        x = x.float().contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    return x if x.shape == shape else x.view(shape)
+
+
 def _min_state_index(x: Any) -> None:
     if isinstance(x, bool) or not isinstance(x, int):
         raise _broken("min_state_index", "an int", type(x).__name__, TypeError)

@@ -14,7 +14,7 @@ import os
 import torch
 
 from ._ops import add_op_namespace_prefix, ops
-from .contract import STATE_FLOATS, Call, States
+from .contract import STATE_FLOATS, Call, States, as_parameter
 from .prefill import HEAD_DIM
 
 logger = logging.getLogger("flash_kda")
@@ -149,17 +149,14 @@ def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None, states:
         initial_state = initial_state.contiguous()
         initial_state = initial_state if serves(initial_state, 1) else initial_state.clone()
     q, k, v, g = (x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in call[:4])
-    dt_bias = None if call.dt_bias is None else call.dt_bias.reshape(HV, HEAD_DIM).float().contiguous()
-    if dt_bias is not None and dt_bias.data_ptr() % ALIGNMENT:
-        dt_bias = dt_bias.clone()
     ops.decode(
         q,
         k,
         v,
         g,
         call.beta if call.beta.dtype in STATE_FLOATS else call.beta.float(),
-        None if call.A_log is None else call.A_log.reshape(HV).float().contiguous(),
-        dt_bias,
+        None if call.A_log is None else as_parameter(call.A_log, (HV,)),
+        None if call.dt_bias is None else as_parameter(call.dt_bias, (HV, HEAD_DIM)),
         initial_state,
         None if call.cu_seqlens is None else call.cu_seqlens.contiguous(),
         None if states is None else states.ssm_state_indices,

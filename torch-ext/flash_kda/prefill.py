@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ._ops import add_op_namespace_prefix, ops
-from .contract import STATE_FLOATS, Call, PrefillStates
+from .contract import STATE_FLOATS, Call, PrefillStates, as_parameter
 
 HEAD_DIM = 128
 CHUNK = 64
@@ -57,8 +57,8 @@ def run(
     q, k, v, g = (x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in call[:4])
     target = out if _aligned(out) else out.clone(memory_format=torch.contiguous_format)
     beta = call.beta if call.beta.dtype in STATE_FLOATS else call.beta.float()
-    A_log = None if call.A_log is None else _floats(call.A_log, (HV,))
-    dt_bias = None if call.dt_bias is None else _floats(call.dt_bias, (HV, K))
+    A_log = None if call.A_log is None else as_parameter(call.A_log, (HV,))
+    dt_bias = None if call.dt_bias is None else as_parameter(call.dt_bias, (HV, K))
     initial_state = call.initial_state
     if initial_state is not None and (states is None or states.ssm_state_indices is None):
         initial_state = initial_state.contiguous()
@@ -94,13 +94,6 @@ def run(
     )
     if target is not out:
         out.copy_(target)
-
-
-def _floats(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """x as contiguous float32 of this shape, which parameters are as they come."""
-    if x.dtype != torch.float32 or not x.is_contiguous():
-        x = x.float().contiguous()
-    return x if x.shape == shape else x.view(shape)
 
 
 def _aligned(x: torch.Tensor) -> bool:

@@ -34,7 +34,7 @@ def serves(projected, beta, conv_weight, conv_bias, activation, conv_state, A_lo
         and _is(conv_state, (N, 3 * C, TAPS), bf16)
         and _is(state, (N, C // HEAD_DIM, HEAD_DIM, HEAD_DIM), (torch.float32,))
         and _is(norm_weight, (HEAD_DIM,), either)
-        and all(x is None or x.dtype == torch.float32 and x.is_contiguous() for x in (A_log, dt_bias))
+        and all(x is None or _is(x, x.shape, (torch.float32,)) for x in (A_log, dt_bias))
     )
 
 
