@@ -142,6 +142,7 @@ if __name__ == "__main__":
     call(1, 3, B=2, N=2, T=65, gate="given", g=torch.float32)
     call(70, 70, T=130)  # one CTA a head
     call(1, 1, T=64 * 66)  # two slabs beside each other
+    call(64, 64, T=690)  # streamed
     for state, v_first in ((torch.float32, True), (torch.bfloat16, False)):
         pooled_prefill(50, 600, 4, state=state, v_first=v_first)  # the fused kernel
         pooled_prefill(2, 600, 4, state=state, v_first=v_first)

@@ -69,12 +69,18 @@ def test_heads(kernel, p, H, HV):
 def test_many_heads(kernel, p, gate, lengths):
     """Enough heads to fill a card take another schedule of the kernel: right, and the bits that a few of them have alone."""
     H, HV = (32, 128) if p.on_kernel else (2, 8)
-    args = make(p, T=200, H=H, HV=HV, lengths=lengths, gate="softplus" if gate == "strong" else gate)
+    like_a_few_heads_alone(kernel, p, gate, T=200, H=H, HV=HV, lengths=lengths)
+
+
+def like_a_few_heads_alone(kernel, p, gate, **sizes):
+    args = make(p, gate="softplus" if gate == "strong" else gate, **sizes)
+    HV = args["v"].shape[2]
     if gate == "strong":  # clamped log decays
         args["A_log"] += 3
     args["initial_state"] = make_state(p, args)
     o, state = check(kernel, p, args)
-    few = {"q": slice(0, 1), "k": slice(0, 1)} | dict.fromkeys(("v", "g", "beta"), slice(0, 4))
+    own = slice(0, max(4 * args["q"].shape[2] // HV, 1))  # of four value heads
+    few = {"q": own, "k": own} | dict.fromkeys(("v", "g", "beta"), slice(0, 4))
     alone = {**args, **{name: args[name][:, :, heads] for name, heads in few.items()}}
     for name in ("A_log", "dt_bias"):
         if name in args:
@@ -83,6 +89,66 @@ def test_many_heads(kernel, p, gate, lengths):
     o_alone, state_alone = kernel.chunk_kda(**alone)
     if p.on_kernel:
         assert torch.equal(o_alone, o[:, :, :4]) and torch.equal(state_alone, state[:, :4])
+
+
+# Sizes of calls that take the streamed schedule (test_schedule.py sees to that): few, long chains of one length, some of
+# which have a walker to themselves; the last chunks are whole, partial, of one token.
+STREAMED = [
+    dict(B=1, T=1000, H=64, HV=64),
+    dict(B=1, T=1025, H=13, HV=65),
+    dict(B=2, T=1500, H=10, HV=40),
+    dict(B=1, T=2048, H=32, HV=32),
+]
+
+
+@pytest.mark.parametrize("gate", [*GATES, "strong"])
+@pytest.mark.parametrize("sizes", STREAMED, ids=lambda sizes: "-".join(map(str, sizes.values())))
+def test_few_long_chains(kernel, p, gate, sizes):
+    """Another schedule of the kernel: right, and the bits that a few heads have alone."""
+    if gate != "softplus" and sizes["HV"] != 65:
+        pytest.skip("one size for every gate")
+    like_a_few_heads_alone(kernel, p, gate, **(sizes if p.on_kernel else {**sizes, "T": 200, "H": 2, "HV": 4}))
+
+
+@pytest.mark.gpu
+def test_a_long_sequence_packed(kernel, monkeypatch):
+    """The host knows T; the device finds less."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    args = make(KERNEL, T=1000, H=64)
+    for length in (1000, 930, 65, 1, 0):
+        o, state = kernel.chunk_kda(**args, cu_seqlens=lengths_to_cu([length], "cuda"))
+        alone = {**args, **{name: args[name][:, :length] for name in ("q", "k", "v", "g", "beta")}}
+        expected_o, expected_state = kernel.chunk_kda(**alone)
+        assert torch.equal(o[:, :length], expected_o) and torch.equal(state, expected_state)
+
+
+@pytest.mark.gpu
+def test_few_long_chains_on_streams_and_in_graphs(kernel, monkeypatch):
+    """CTAs of the streamed schedule wait for each other: beside other kernels too, and where a graph launches them."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    args = make(KERNEL, T=1000, H=64)
+    expected = kernel.chunk_kda(**args)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    busy = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                busy @ busy
+                results.append(kernel.chunk_kda(**args))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = kernel.chunk_kda(**args)
+    for _ in range(3):
+        for x in captured:
+            x.fill_(math.nan)
+        graph.replay()
+        results.append([x.clone() for x in captured])
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(x, y) for x, y in zip(result, expected))
 
 
 @pytest.mark.gpu

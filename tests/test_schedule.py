@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kda import STREAMED
 
 SCHEDULE = Path(__file__).parents[1] / "kda_cutlass" / "prefill" / "schedule.h"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -28,9 +29,10 @@ int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpo
     kda::Schedules const s = kda::choose_schedules(call, sms);
     long long const size = kda::workspace_size(call);
     kda::Slabs const slabs = kda::make_slabs(call, workspace > 0 ? workspace : size, sms);
-    std::printf("{\"fused\": %d, \"split\": %d, \"workspace\": %lld, \"slots\": %d, \"slab_slots\": %d, \"buffers\": %d, "
-                "\"split_values\": %d, \"records\": %lld, \"carry\": %lld}\n", s.fused, s.split, size, slabs.slots,
-                slabs.slab_slots, slabs.buffers, slabs.split_values, (long long)slabs.records_bytes,
+    int const ring = s.walkers > 0 ? kda::ring_slots(call, s.walkers, workspace > 0 ? workspace : size) : 0;
+    std::printf("{\"fused\": %d, \"split\": %d, \"walkers\": %d, \"ring\": %d, \"workspace\": %lld, \"slots\": %d, \"slab_slots\": %d, \"buffers\": %d, "
+                "\"split_values\": %d, \"records\": %lld, \"carry\": %lld}\n", s.fused, s.split, s.walkers, ring, size,
+                slabs.slots, slabs.slab_slots, slabs.buffers, slabs.split_values, (long long)slabs.records_bytes,
                 (long long)slabs.carry_bytes);
     std::fflush(stdout);
   }
@@ -64,17 +66,17 @@ MIX = [1300, 547, 2048, 963, 271, 3063]
 @pytest.mark.parametrize(
     "heads, lengths, launched",
     [
-        (96, [8192], "fused"),
+        (96, [8192], "walkers"),
         (96, MIX, "fused"),
         (96, [1024] * 8, "fused"),
-        (64, [8192], "split"),
+        (64, [8192], "walkers"),
         (64, MIX, "fused"),
         (64, [1024] * 8, "fused"),
-        (64, [16384], "split"),
+        (64, [16384], "walkers"),
         (64, [8192] * 2, "fused"),
         (32, [512], "split"),
-        (32, [8192], "split"),
-        (32, [131072], "split"),
+        (32, [8192], "walkers"),
+        (32, [131072], "walkers"),
         (32, [1024] * 8, "fused split"),  # few heads: the lengths may be anything, and decide
         (32, [256] * 32, "fused split"),
         (32, [1024] * 64, "fused split"),
@@ -85,12 +87,24 @@ MIX = [1300, 547, 2048, 963, 271, 3063]
 )
 def test_the_choice_for_the_benchmarks_shapes(ask, heads, lengths, launched):
     answer = ask(heads, lengths)
-    assert " ".join(name for name in ("fused", "split") if answer[name]) == launched
+    assert " ".join(name for name in ("fused", "split", "walkers") if answer[name]) == launched
 
 
-def test_checkpoints_are_written_by_the_split_schedule(ask):
-    answer = ask(96, [1024] * 8, checkpoints=True)
-    assert answer["split"] and not answer["fused"]
+@pytest.mark.parametrize("sizes", [*STREAMED, dict(B=4, T=1300, HV=21), dict(B=1, T=690, HV=64)], ids=str)
+def test_what_the_tests_of_the_streamed_schedule_call(ask, sizes):
+    answer = ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"])
+    assert answer["walkers"] and not answer["fused"] and not answer["split"]
+
+
+@pytest.mark.parametrize("heads, walkers", [(24, 24), (32, 32), (40, 40), (48, 48), (64, 32), (96, 32)])
+def test_walkers_have_equal_shares(ask, heads, walkers):
+    assert ask(heads, [8192])["walkers"] == walkers
+
+
+@pytest.mark.parametrize("lengths", [[1024] * 8, [8192]], ids=["batch", "one"])
+def test_checkpoints_are_written_by_the_split_schedule(ask, lengths):
+    answer = ask(96, lengths, checkpoints=True)
+    assert answer["split"] and not answer["fused"] and not answer["walkers"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +130,13 @@ def test_every_call_is_served_within_its_workspace(ask, heads, tokens, count, pa
     shape = {"sequences": count} if packed else {"batch": count}
     size = ask(heads, tokens=tokens, checkpoints=checkpoints, sms=sms, **shape)["workspace"]
     answer = ask(heads, tokens=tokens, checkpoints=checkpoints, sms=sms, workspace=size * times, **shape)
-    assert answer["fused"] or answer["split"]
+    assert answer["fused"] or answer["split"] or answer["walkers"]
+    if answer["walkers"]:
+        assert not packed or count == 1  # of one length
+        assert not checkpoints and answer["walkers"] <= min(count * heads, 64)
+        assert 2 * (sms - answer["walkers"]) >= answer["walkers"]  # a team of producers each
+        assert answer["ring"] >= 8
+        assert 256 + 2 * answer["carry"] + answer["walkers"] * answer["ring"] * 66304 <= size * times
     one = 256 + 2 * answer["carry"] + heads * 66304
     assert size <= max(LIMIT, one)
     assert 256 + 2 * answer["carry"] + answer["buffers"] * answer["records"] <= max(size * times, one)

@@ -127,9 +127,10 @@ struct ChunkPlace {
 // Panels in shared memory: raw q, k and (bf16) g at first, operands of the recurrence at last. The gate, which is
 // wanted first, comes where the recurrence is done first.
 struct FactorPanels {
-  char* gate;  // bf16 g, then -beta_i / |k_i|^2 k_i exp(G_i)
-  char* q;     // q, then scale / |q_i| q_i exp(G_i)
-  char* k;     // k, then k_j exp(G_end - G_j)
+  char* raw_gate;  // bf16 g
+  char* gate;      // may be the same place; upper halves of the sums, then -beta_i / |k_i|^2 k_i exp(G_i)
+  char* q;         // q, then scale / |q_i| q_i exp(G_i)
+  char* k;         // k, then k_j exp(G_end - G_j)
 };
 struct SolvePanels {  // both zero above the diagonal blocks
   char* t;            // T~
@@ -372,15 +373,16 @@ __device__ __forceinline__ void store_square_sums(float* q_sums, float* k_sums, 
   }
 }
 
-// Named barriers: 1 of make_factors(), 2 of solve().
-__device__ __forceinline__ void sync_factor_warps() { cutlass::arch::NamedBarrier::sync(kChunkThreads, 1); }
-__device__ __forceinline__ void sync_solve_warps() { cutlass::arch::NamedBarrier::sync(kChunkThreads, 2); }
+// The named barrier of the eight warps that do a step.
+__device__ __forceinline__ void sync_chunk_warps(int barrier) {
+  cutlass::arch::NamedBarrier::sync(kChunkThreads, barrier);
+}
 // The same, and whether `vote` holds for all.
-__device__ __forceinline__ bool sync_factor_warps_and(bool vote) {
+__device__ __forceinline__ bool sync_chunk_warps_and(int barrier, bool vote) {
   int all;
-  asm volatile("{.reg .pred p, q; setp.ne.b32 p, %1, 0; barrier.cta.red.and.pred q, 1, %2, p; selp.b32 %0, 1, 0, q;}"
+  asm volatile("{.reg .pred p, q; setp.ne.b32 p, %1, 0; barrier.cta.red.and.pred q, %3, %2, p; selp.b32 %0, 1, 0, q;}"
                : "=r"(all)
-               : "r"(int(vote)), "n"(kChunkThreads)
+               : "r"(int(vote)), "n"(kChunkThreads), "r"(barrier)
                : "memory");
   return all;
 }
@@ -391,7 +393,7 @@ __device__ __forceinline__ bool sync_factor_warps_and(bool vote) {
 template <Gate kGate, bool kFp32Gate, int kUnroll, class F, class G>
 __device__ __forceinline__ void make_factors(Product& q_product, Product& k_product, ChunkParams const& p,
                                              ChunkPlace at, FactorPanels const& panels, FactorScratch& scratch,
-                                             ChunkFactors& factors, int warp, int lane, F&& before_scratch,
+                                             ChunkFactors& factors, int barrier, int warp, int lane, F&& before_scratch,
                                              G&& before_keys) {
   int const block = warp % kBlocks, half = warp / kBlocks;
   int const row = lane >> 2, column = 2 * (lane & 3), matrix = lane >> 3;
@@ -438,9 +440,10 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
             scratch.fp32_gate[2 * half + lane / 16] + panel_offset(kBlock * block + i, lane % 16 / 2) + 8 * (lane & 1));
         gate[i] = {x.x, x.y};
       }
-      sync_factor_warps();  // the lower halves go over it
+      sync_chunk_warps(barrier);  // the lower halves go over it
     } else {
-      static_for<kBlock>([&](auto i) { gate[i] = unpacked(load_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4)); });
+      uint32_t const raw_words = high_words + static_cast<uint32_t>(panels.raw_gate - panels.gate);
+      static_for<kBlock>([&](auto i) { gate[i] = unpacked(load_word<kPanelRowBytes * i>(raw_words ^ (i & 7) << 4)); });
     }
     before_scratch();
     auto const put = [&](auto index, FloatPair sum) {
@@ -487,7 +490,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
   if (p.qk_l2norm)
     store_square_sums(&scratch.square_sum[half][0][kBlock * block], &scratch.square_sum[half][1][kBlock * block],
                       q_panel, k_panel, lane_offset, lane);
-  tame = sync_factor_warps_and(tame);
+  tame = sync_chunk_warps_and(barrier, tame);
   if (!tame) {  // the runs again, of clamped log decays: differences of the sums
     float const start = dither(recomputed(lane));
     float2 const total = *reinterpret_cast<float2 const*>(&scratch.run[2 * block][channel]);
@@ -502,7 +505,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
       last = sum;
     });
     *reinterpret_cast<float2*>(&scratch.clamped_run[2 * block + 1][channel]) = make_float2(run.x, run.y);
-    sync_factor_warps();
+    sync_chunk_warps(barrier);
   }
 
   // ---- norms and beta of the lane's tokens; decays of whole blocks
@@ -554,7 +557,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
         float2 const x = *reinterpret_cast<float2 const*>(&scratch.clamped_run[r][channel]);
         run[r] = {x.x, x.y};
       }
-      sync_factor_warps();  // the row factors of k go over them
+      sync_chunk_warps(barrier);  // the row factors of k go over them
     }
 #pragma unroll
     for (int i = 1; i < kBlocks; ++i)
@@ -715,9 +718,11 @@ __device__ __forceinline__ void multiply_below(Product (&below)[2], SolveRole co
 }
 
 // The second step, given the products below the diagonal: T~ and Aqk~. scratch.diagonal_parts is there already. The
-// panels are written after all have come.
+// panels are written after all have come. The warps of Aqk have less to do: then they call `meanwhile()`. The named
+// barriers `barrier` and, of the warps of T and of those of Aqk alone, `barrier` + 2 and `barrier` + 4.
+template <class F>
 __device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& scratch, Product const (&below)[2],
-                                      SolveRole const& role, int lane) {
+                                      SolveRole const& role, int barrier, int lane, F&& meanwhile) {
   int const block = role.block;
   Product product;
   {
@@ -734,7 +739,7 @@ __device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& s
     if (role.of_q ? i < j : i <= j) product.d[n][e] = 0.f;
     if (role.of_q ? i <= j : i <= j + 1) product.d[n][e + 1] = 0.f;
   });
-  sync_solve_warps();
+  sync_chunk_warps(barrier);
 
   // ---- Aqk, and T = (I + Akk)^-1: its diagonal blocks, then its two 32 x 32 diagonal blocks, then what is left below
   // them
@@ -743,16 +748,20 @@ __device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& s
 #pragma unroll
     for (int n = 0; n < 2; ++n)
       if (n < role.count) store_to_panel(panels.a_qk, role.row, role.column + n, below[n], lane);
-  } else {
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-      if (n < role.count) store_block(scratch.below[below_index(role.row, role.column) + n], below[n], lane);
-    store_block(scratch.diagonal[block], product, lane);
-    __syncwarp();
-    invert_diagonal(scratch.diagonal[block], lane);
-    store_to_panel(panels.t, block, block, load_block(scratch.diagonal[block], lane), lane);
+    meanwhile();
+    // As many as the others pass: racecheck counts them, and would take what follows for unordered.
+    for (int n = 0; n < 2; ++n) cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier + 4);
+    return;
   }
-  sync_solve_warps();
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+    if (n < role.count) store_block(scratch.below[below_index(role.row, role.column) + n], below[n], lane);
+  store_block(scratch.diagonal[block], product, lane);
+  __syncwarp();
+  invert_diagonal(scratch.diagonal[block], lane);
+  store_to_panel(panels.t, block, block, load_block(scratch.diagonal[block], lane), lane);
+  auto const sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier + 2); };
+  sync();
   int const warp = role.warp;
   if (warp < 2) {
     int const i = 2 * warp + 1, j = 2 * warp;
@@ -762,8 +771,8 @@ __device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& s
     store_block(scratch.merged[warp], merged, lane);
     store_to_panel(panels.t, i, j, merged, lane);
   }
-  sync_solve_warps();
-  if (warp < 4) {  // row block 2 + warp / 2, column block warp % 2 of T_B (-A_BA) T_A
+  sync();
+  {  // row block 2 + warp / 2, column block warp % 2 of T_B (-A_BA) T_A
     int const i = 2 + warp / 2, j = warp % 2;
     Product left[2], merged;
     {

@@ -9,6 +9,7 @@
 namespace kda {
 
 constexpr int kStages = 2;
+constexpr int kFactorBarrier = 1, kSolveBarrier = 2;  // named ones
 
 struct FactorStage {
   alignas(1024) char k_decayed[2][kPanelBytes], q_decayed[2][kPanelBytes], k_remaining[2][kPanelBytes];  // as in Record
@@ -40,7 +41,7 @@ struct Pipeline {
 };
 
 __device__ __forceinline__ FactorPanels panels_of(FactorStage& stage) {
-  return {stage.k_decayed[0], stage.q_decayed[0], stage.k_remaining[0]};
+  return {stage.k_decayed[0], stage.k_decayed[0], stage.q_decayed[0], stage.k_remaining[0]};
 }
 
 // By one thread: the n-th chunk of this CTA is this one. Requests its gate; an fp32 one comes by itself.
@@ -69,8 +70,8 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
     if (at.tokens == 0) break;
     Product q_product, k_product;
     make_factors<kGate, kFp32Gate, kUnroll>(
-        q_product, k_product, p, at, panels_of(stage_of(n)), pipe.factor_scratch, pipe.factors[s], recomputed(warp),
-        recomputed(lane), [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); },
+        q_product, k_product, p, at, panels_of(stage_of(n)), pipe.factor_scratch, pipe.factors[s], kFactorBarrier,
+        recomputed(warp), recomputed(lane), [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); },
         [&] { TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1); });
     EmptyBarrier::wait(&pipe.solved, (n & 1) ^ 1);
     store_diagonal_parts(pipe.solve_scratch, q_product, k_product, warp, lane);
@@ -89,9 +90,9 @@ __device__ __forceinline__ void solve_chunk(Pipeline& pipe, SolvePanels const& p
   multiply_below(below, role, pipe.factor_scratch, lane);
   EmptyBarrier::arrive(&pipe.multiplied);
   read();
-  solve(panels, pipe.solve_scratch, below, role, lane);
+  solve(panels, pipe.solve_scratch, below, role, kSolveBarrier, lane, [] {});
   cutlass::arch::fence_view_async_shared();
-  sync_solve_warps();
+  sync_chunk_warps(kSolveBarrier);
   EmptyBarrier::arrive(&pipe.solved);
 }
 

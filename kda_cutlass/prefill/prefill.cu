@@ -9,6 +9,7 @@
 #include "fused.cuh"
 #include "prepare.cuh"
 #include "recurrence.cuh"
+#include "stream.cuh"
 
 namespace kda {
 namespace {
@@ -66,20 +67,30 @@ cudaError_t allow_shared_memory(size_t bytes) {  // once a kernel and device
   return error;
 }
 
-// With `overlap` the kernel starts once all CTAs of the one before it in the stream have let it (sm90.cuh).
+enum class Start {
+  kAlone,    // when the kernel before it in the stream has ended
+  kOverlap,  // once all CTAs of that one have let it (sm90.cuh)
+  kAtOnce,   // alone, and all its CTAs at once, or not at all
+};
+
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t smem_bytes, bool overlap,
-                   Params const& params, cudaStream_t stream) {
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t smem_bytes, Start start, Params const& params,
+                   cudaStream_t stream) {
   cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (start == Start::kAtOnce) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  config.numAttrs = start == Start::kAlone ? 0 : 1;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
@@ -100,14 +111,14 @@ cudaError_t for_gate(PrefillParams const& p, F&& f) {
 }
 
 template <Gate kGate, bool kFp32Gate>
-cudaError_t launch_prepare(PrepareParams const& params, bool overlap, cudaStream_t stream) {
+cudaError_t launch_prepare(PrepareParams const& params, Start start, cudaStream_t stream) {
   auto constexpr kKernel = prepare_kernel<kGate, kFp32Gate>;
   if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(PrepareSmem))) return error;
   // Neighbouring heads together, for DRAM's sake. Where all may be for nothing, two waves of CTAs that take the slots
   // in turn.
   int const slots = params.slab.end - params.slab.begin, heads = params.chunk.value_heads;
   dim3 const grid(heads, params.taken == nullptr ? slots : std::min(slots, (4 * sm_count() + heads - 1) / heads));
-  return launch(kKernel, grid, kChunkThreads, sizeof(PrepareSmem), overlap, params, stream);
+  return launch(kKernel, grid, kChunkThreads, sizeof(PrepareSmem), start, params, stream);
 }
 
 template <Gate kGate, bool kFp32Gate>
@@ -116,7 +127,15 @@ cudaError_t launch_fused(FusedParams const& params, int sms, cudaStream_t stream
   if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(FusedSmem))) return error;
   int64_t const chains = int64_t(params.chunk.sequences.num_seqs) * params.chunk.value_heads;
   dim3 const grid(static_cast<unsigned>(std::min<int64_t>(chains, sms)));
-  return launch(kKernel, grid, kFusedThreads, sizeof(FusedSmem), false, params, stream);
+  return launch(kKernel, grid, kFusedThreads, sizeof(FusedSmem), Start::kAlone, params, stream);
+}
+
+template <Gate kGate, bool kFp32Gate>
+cudaError_t launch_stream(StreamParams const& params, int sms, cudaStream_t stream) {
+  auto constexpr kKernel = stream_kernel<kGate, kFp32Gate>;
+  if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(StreamSmem))) return error;
+  if (cudaError_t const error = cudaMemsetAsync(params.ring.flags, 0, sizeof(RingFlags), stream)) return error;
+  return launch(kKernel, dim3(sms), kStreamThreads, sizeof(StreamSmem), Start::kAtOnce, params, stream);
 }
 
 template <int kWarpgroups, bool kCheckpoints>
@@ -127,7 +146,7 @@ cudaError_t launch_recurrence(RecurrenceParams const& params, cudaStream_t strea
   auto constexpr kKernel = recurrence_kernel<kWarpgroups, kCheckpoints>;
   if (cudaError_t const error = allow_shared_memory<kKernel>(kSmem)) return error;
   dim3 const grid(static_cast<unsigned>(int64_t(params.sequences.num_seqs) * params.value_heads * Shape::kSlices));
-  return launch(kKernel, grid, Shape::kThreads, kSmem, true, params, stream);
+  return launch(kKernel, grid, Shape::kThreads, kSmem, Start::kOverlap, params, stream);
 }
 
 CallShape shape_of(PrefillParams const& p) {
@@ -162,13 +181,13 @@ cudaError_t launch_pieces(PrefillParams const& p, PrepareParams prepare, Recurre
     int const count = static_cast<int>(params.end - params.begin);
     if (checkpoints.indptr != nullptr)  // which may pass over some
       if (cudaError_t const error = cudaMemsetAsync(pieces, 0, count * sizeof(Piece), stream)) return error;
-    if (cudaError_t const error = launch(list_pieces_kernel, dim3(p.num_seqs), 32, 0, false, params, stream))
+    if (cudaError_t const error = launch(list_pieces_kernel, dim3(p.num_seqs), 32, 0, Start::kAlone, params, stream))
       return error;
     recurrence.sequences = {nullptr, false, count, 1, p.tokens, pieces};
     prepare.chunk.sequences = recurrence.sequences;
     prepare.slab = recurrence.slab = {0, count, records, nullptr, nullptr};
     cudaError_t error = for_gate(p, [&](auto gate, auto fp32) {
-      return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, false, stream);
+      return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, Start::kAlone, stream);
     });
     if (error != cudaSuccess) return error;
     bool const split_values = 2 * count * int64_t(p.value_heads) <= sm_count();
@@ -234,6 +253,21 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
     if (error != cudaSuccess || !schedules.split) return error;
   }
 
+  int const slots = schedules.walkers > 0 ? ring_slots(shape, schedules.walkers, p.workspace_bytes) : 0;
+  if (slots >= kLeastRingSlots) {
+    static_assert(sizeof(RingFlags) <= 2 * kHeadDim * kHeadDim * sizeof(float), "flags lie where carries would");
+    StreamParams const params = {
+        chunk,
+        {v_map, v_token_map, p.state, out, tensor_tokens},
+        {reinterpret_cast<Record*>(records), reinterpret_cast<RingFlags*>(carries), schedules.walkers, slots}};
+    cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
+      return launch_stream<decltype(gate)::value, decltype(fp32)::value>(params, sm_count(), stream);
+    });
+    // The process may have been given fewer SMs than the device has.
+    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+    cudaGetLastError();
+  }
+
   PrepareParams prepare = {chunk, {}, taken};
   RecurrenceParams recurrence = {v_map,         v_token_map, sequences,     {},  taken,
                                  p.value_heads, p.state,     p.checkpoints, out, tensor_tokens};
@@ -243,10 +277,10 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
                        reinterpret_cast<Record*>(records + index % slabs.buffers * slabs.records_bytes), carry(index),
                        carry(index + 1)};
     prepare.slab = recurrence.slab = slab;
-    bool const overlap = index > 0 && slabs.buffers == 2;
+    Start const start = index > 0 && slabs.buffers == 2 ? Start::kOverlap : Start::kAlone;
     if (slab.end > slab.begin) {
       cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
-        return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, overlap, stream);
+        return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, start, stream);
       });
       if (error != cudaSuccess) return error;
     }

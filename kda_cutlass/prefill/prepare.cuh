@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
   if (p.taken != nullptr && *p.taken) return;
 
   Sequences const& sequences = p.chunk.sequences;
-  FactorPanels const panels = {smem.panels[0], smem.panels[2], smem.panels[4]};
+  FactorPanels const panels = {smem.panels[0], smem.panels[0], smem.panels[2], smem.panels[4]};
   SolvePanels const solved = {smem.solved[0], smem.solved[1]};
   if (threadIdx.x == 0) {
     TransactionBarrier::init(&smem.loaded, 1);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
     phase ^= 1;
     Product q_product, k_product, below[2];
     make_factors<kGate, kFp32Gate, kHalfSteps>(
-        q_product, k_product, p.chunk, at, panels, smem.factor_scratch, smem.factors, warp, lane, [] {}, [] {});
+        q_product, k_product, p.chunk, at, panels, smem.factor_scratch, smem.factors, 1, warp, lane, [] {}, [] {});
     __syncthreads();
     SolveRole const role(warp);
     multiply_below(below, role, smem.factor_scratch, lane);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
     int const i = warp % kBlocks;
     for (int j = i + 1; j < kBlocks; ++j) store_to_panel(smem.solved[warp / kBlocks], i, j, Product{}, lane);
     __syncthreads();
-    solve(solved, smem.solve_scratch, below, role, lane);
+    solve(solved, smem.solve_scratch, below, role, 1, lane, [] {});
     cutlass::arch::fence_view_async_shared();
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -4,6 +4,8 @@
 //
 //   fused  one CTA a chain (sequence, head): for calls with enough chains to fill the card; no workspace but flags
 //   split  prepare makes records of chunks, for all chains in parallel, recurrence walks the chains with them
+//   stream the same in one launch: some SMs walk while the others make records, which pass through the L2; for few, long
+//          chains of one length
 #pragma once
 
 #include <algorithm>
@@ -22,40 +24,83 @@ constexpr int kChunk = 64;     // tokens a chunk
 // Of a chunk and value head, between prepare and recurrence: Record in record.cuh, which flash_kda.prefill knows too.
 constexpr int kRecordBytes = 66304;
 
-// Costs measured on an H200, in microseconds (docs/kernel-notes.md).
-struct Choice {
-  static constexpr float kFusedChunk = 6.3f;   // of a chain in the fused kernel, one chain an SM
-  static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card
-  static constexpr float kSplitStep = 1.f;     // of a chain in the recurrence
-
-  static KDA_HOST_DEVICE bool fused_pays(int64_t longest, int64_t chunks, int64_t chains, int sms) {
-    float const even = float(chunks) / float(chains < sms ? chains : sms);
-    float const fused = kFusedChunk * (even > longest ? even : float(longest));
-    float const split = kSplitChunk * chunks, chain = kSplitStep * longest;
-    return fused < (split > chain ? split : chain);
-  }
-};
-
 struct CallShape {
   int64_t tokens;  // T
   int batch, num_seqs, value_heads;
   bool packed;       // with cu_seqlens
   bool checkpoints;  // states inside sequences are wanted
+
+  bool one_length() const { return !packed || num_seqs == 1; }
+  int64_t chains() const { return int64_t(num_seqs) * value_heads; }
 };
 
-// Which schedules a call launches: both where sequences are packed and their lengths have to decide. The fused kernel,
-// in front, then leaves word whether it did the call, and the split kernels return at once if so.
+// Costs measured on an H200, in microseconds (docs/kernel-notes.md).
+struct Choice {
+  static constexpr float kFusedChunk = 6.3f;   // of a chain in the fused kernel, one chain an SM
+  static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card
+  static constexpr float kSplitStep = 1.f;     // of a chain in the recurrence
+  static constexpr float kStreamStep = 1.7f;   // of a chain in a walker of the streamed schedule
+  static constexpr float kStreamMake = 10.f;   // of a record in one of its groups of producers
+  static constexpr float kStreamStart = 22.f;  // more than the other two need before they are at work
+
+  static KDA_HOST_DEVICE float fused(int64_t longest, int64_t chunks, int64_t chains, int sms) {
+    float const even = float(chunks) / float(chains < sms ? chains : sms);
+    return kFusedChunk * (even > longest ? even : float(longest));
+  }
+  static KDA_HOST_DEVICE float split(int64_t longest, int64_t chunks) {
+    float const work = kSplitChunk * chunks, chain = kSplitStep * longest;
+    return work > chain ? work : chain;
+  }
+  static KDA_HOST_DEVICE bool fused_pays(int64_t longest, int64_t chunks, int64_t chains, int sms) {
+    return fused(longest, chunks, chains, sms) < split(longest, chunks);
+  }
+};
+
+// ---- the streamed schedule
+constexpr int kMostWalkers = 64;
+constexpr int kRingRecords = 512;   // of all walkers; what the L2 holds beside the inputs
+constexpr int kLeastRingSlots = 8;  // of a walker
+constexpr int kGroupsAnSm = 2;      // of producers
+static_assert(kMostWalkers * kLeastRingSlots <= kRingRecords);
+
+// CTAs that walk chains, of all `sms`, and what a chunk of every chain costs with them.
+struct Walkers {
+  int count;
+  float cost;
+};
+inline Walkers choose_walkers(int64_t chains, int sms) {
+  Walkers best = {0, 0.f};
+  for (int count = 1; count <= std::min<int64_t>(chains, kMostWalkers); ++count) {
+    int const team = kGroupsAnSm * (sms - count) / count;  // groups that make one walker's records
+    if (team < 1) break;
+    float const rounds = float((chains + count - 1) / count);
+    float const cost = rounds * std::max(Choice::kStreamStep, Choice::kStreamMake / team);
+    if (best.count == 0 || cost < best.cost) best = {count, cost};
+  }
+  return best;
+}
+
+// Which schedules a call launches: fused and split both where sequences are packed and their lengths have to decide. The
+// fused kernel, in front, then leaves word whether it did the call, and the split kernels return at once if so.
 struct Schedules {
   bool fused, split;
+  int walkers;  // of the streamed schedule; 0 without it
 };
 inline Schedules choose_schedules(CallShape const& call, int sms) {
-  if (call.checkpoints) return {false, true};  // only the recurrence writes them
-  int64_t const chains = int64_t(call.num_seqs) * call.value_heads;
+  if (call.checkpoints) return {false, true, 0};  // only the recurrence writes them
+  int64_t const chains = call.chains();
   int64_t const each = (call.tokens * call.batch / call.num_seqs + kChunk - 1) / kChunk;  // chunks, were all alike
-  if (!Choice::fused_pays(each, each * chains, chains, sms)) return {false, true};
+  float const fused_cost = Choice::fused(each, each * chains, chains, sms),
+              split_cost = Choice::split(each, each * chains);
+  if (call.one_length() && each > 0) {
+    Walkers const walkers = choose_walkers(chains, sms);
+    float const cost = Choice::kStreamStart + walkers.cost * each;
+    if (walkers.count > 0 && cost < fused_cost && cost < split_cost) return {false, false, walkers.count};
+  }
+  if (split_cost <= fused_cost) return {false, true, 0};
   // With many heads one sequence that holds nearly all tokens is not much slower for it.
   bool const any_lengths = Choice::kSplitChunk * call.value_heads >= .8f * Choice::kFusedChunk;
-  return {true, call.packed && call.num_seqs > 1 && !any_lengths};
+  return {true, call.packed && call.num_seqs > 1 && !any_lengths, 0};
 }
 
 // ---- the split schedule
@@ -80,6 +125,12 @@ inline int64_t workspace_size(CallShape const& call) {
   int64_t const most = slot_capacity(kWorkspaceLimit, call.value_heads);
   return std::min(slot_count(call), most) * slot_bytes(call.value_heads) + kFlagBytes +
          2 * carry_bytes(call.value_heads);
+}
+
+// Records of each walker that the workspace holds, in the streamed schedule.
+inline int ring_slots(CallShape const& call, int walkers, int64_t workspace_bytes) {
+  int64_t const records = slot_capacity(workspace_bytes, call.value_heads) * call.value_heads;
+  return static_cast<int>(std::min<int64_t>(records, kRingRecords) / walkers);
 }
 
 // The slots go through the workspace in slabs: prepare fills one, recurrence empties it. With two buffers the prepare of

@@ -1,0 +1,69 @@
+// How the CTAs of the streamed schedule share the work, and the ring in memory (in the L2, being small) through which
+// records go from those that make them to those that walk chains with them.
+#pragma once
+
+#include "record.cuh"
+#include "schedule.h"
+#include "state.cuh"
+
+namespace kda {
+
+// Chains (sequence, head) are numbered with all heads of a sequence together. Walker w takes the chains w, w + walkers,
+// w + 2 walkers, ... one after another; the chunks of all of these are its steps. So the walkers are at one chunk of
+// neighbouring heads at a time, which lie side by side in memory.
+struct Deal {
+  Sequences const& sequences;
+  StateParams const& state;
+  int value_heads, chains, walkers;
+
+  __device__ __forceinline__ int sequence(int chain) const { return chain / value_heads; }
+  __device__ __forceinline__ int head(int chain) const { return chain % value_heads; }
+  __device__ __forceinline__ int64_t length(int chain) const { return live_length(sequences, state, sequence(chain)); }
+};
+
+// Flags between CTAs. Who has seen a bulk copy end may tell of it; who has read a flag needs a fence before bulk copies that
+// rely on it, being on the other side of a proxy.
+__device__ __forceinline__ int load_acquire(int const* flag) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_release(int* flag, int value) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" : : "l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ void fence_bulk_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+struct RingFlags {          // all 0 at first
+  int made[kRingRecords];   // [walkers][slots]: one more than the step whose record is there
+  int taken[kMostWalkers];  // how many records a walker has taken
+};
+
+struct Ring {
+  Record* records;  // [walkers][slots]
+  RingFlags* flags;
+  int walkers, slots;
+
+  __device__ __forceinline__ int slot(int walker, int step) const { return walker * slots + step % slots; }
+
+  // By one thread, before the slot is written: whether it may be. `known` is what it has seen of `taken`.
+  __device__ __forceinline__ bool is_free(int& known, int walker, int step) const {
+    if (known > step - slots) return true;
+    known = load_acquire(&flags->taken[walker]);
+    fence_bulk_copies();
+    return known > step - slots;
+  }
+  // By the thread that has seen the copy to the slot end.
+  __device__ __forceinline__ void tell_made(int walker, int step) const {
+    store_release(&flags->made[slot(walker, step)], step + 1);
+  }
+  // Wants the fence, where true.
+  __device__ __forceinline__ bool is_made(int walker, int step) const {
+    return load_acquire(&flags->made[slot(walker, step)]) == step + 1;
+  }
+  // By one thread, once the copies of the first `steps` records have ended.
+  __device__ __forceinline__ void tell_taken(int walker, int steps) const {
+    store_release(&flags->taken[walker], steps);
+  }
+};
+
+}  // namespace kda

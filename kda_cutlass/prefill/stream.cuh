@@ -1,0 +1,64 @@
+// Stream: walkers (walk.cuh) carry the states of chains, the other CTAs make their records (produce.cuh), which go
+// through a ring in the L2 (ring.cuh). They wait for each other, so all must run at once: a cooperative launch of one CTA
+// an SM.
+#pragma once
+
+#include "produce.cuh"
+#include "walk.cuh"
+
+namespace kda {
+
+struct StreamParams {
+  ChunkParams chunk;
+  WalkParams walk;
+  Ring ring;
+};
+
+constexpr int kStreamThreads = kGroupsAnSm * kChunkThreads;
+
+struct StreamSmem {
+  union {
+    ProducerSmem producers[kGroupsAnSm];
+    WalkSmem walk;
+  };
+};
+static_assert(sizeof(StreamSmem) <= 227 * 1024);
+
+template <Gate kGate, bool kFp32Gate>
+__global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_constant__ StreamParams p) {
+  extern __shared__ __align__(1024) char smem_bytes[];
+  StreamSmem& smem = *reinterpret_cast<StreamSmem*>(smem_bytes);
+  int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+
+  Sequences const& sequences = p.chunk.sequences;
+  int const walkers = p.ring.walkers, makers = gridDim.x - walkers;
+  Deal const deal = {sequences, p.walk.state, p.chunk.value_heads, sequences.num_seqs * p.chunk.value_heads, walkers};
+
+  // The first CTAs walk. Of the others each is two groups of producers, and each walker has a team of groups of its own.
+  int const cta = blockIdx.x;
+  if (cta < walkers) {
+    if (threadIdx.x == 0) smem.walk.init();
+    if (threadIdx.x < kHeadDim) smem.walk.none.decay[threadIdx.x] = 1.f;
+    __syncthreads();
+    if (warp < 8) {
+      cutlass::arch::warpgroup_reg_alloc<216>();
+      carry_states(p.walk, deal, smem.walk, cta, warp / 4, warp % 4, lane);
+    } else {
+      cutlass::arch::warpgroup_reg_dealloc<40>();
+      if (warp == 8) feed_early(p.walk, deal, p.ring, smem.walk, cta, lane);
+      if (warp == 11) feed_late(deal, p.ring, smem.walk, cta, lane);
+      if (warp == 9 || warp == 10) write_outputs(p.walk, deal, p.ring, smem.walk, cta, warp - 9, lane);
+    }
+  } else {
+    int const group = warp / 8;
+    ProducerSmem& own = smem.producers[group];
+    if (threadIdx.x % kChunkThreads == 0) own.init();
+    __syncthreads();
+    int const number = group * makers + cta - walkers, team = kGroupsAnSm * makers / walkers;
+    if (number < team * walkers)
+      produce<kGate, kFp32Gate>(p.chunk, deal, p.ring, own, {number % walkers, number / walkers, team}, 1 + group,
+                                warp % 8, lane);
+  }
+}
+
+}  // namespace kda

@@ -1,0 +1,290 @@
+// Walk: a CTA walks its chains' chunks, one chain after another, carrying the state.
+//
+// With the record's operands (signs and scales folded in), S the state before the chunk and everything transposed so
+// that the value channels are the rows of every accumulator:
+//   W^T  = beta V^T - S^T (beta K e^G)^T   64 x 64 x 128
+//   V'^T = W^T T^T                    64 x 64 x 64
+//   O^T  = S^T (Q e^G)^T + V'^T Aqk^T 64 x 64 x 128 and 64 x 64 x 64
+//   S^T  = S^T e^{G_end} + V'^T (K e^{G_end - G})
+// A warpgroup owns 64 value channels: its state stays in registers in fp32 for the whole sequence, and every left
+// operand (S, W, V') is made from accumulators in registers, without a trip through shared memory. Two warps of a third
+// warpgroup fill the stages in shared memory, two others write outputs.
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "ring.cuh"
+
+namespace kda {
+
+constexpr int kWalkStages = 2;  // what 227 KB hold
+constexpr int kAhead = 3;       // steps: values come to the L2 so much earlier
+constexpr int kTellEvery = 4;   // steps; oftener slows everyone (docs/kernel-notes.md)
+static_assert(kLeastRingSlots > kTellEvery, "or walkers and producers wait for each other");
+
+struct WalkSmem {
+  struct Operands {  // the panels of Record, in its order
+    char k_decayed[2][64 * kPanelRowBytes];
+    char q_decayed[2][64 * kPanelRowBytes];
+    char k_remaining[2][64 * kPanelRowBytes];
+    char t[64 * kPanelRowBytes];
+    char a_qk[64 * kPanelRowBytes];
+  };
+  static_assert(sizeof(Operands) == kRecordPanelBytes);
+  alignas(1024) Operands operands[kWalkStages];
+  alignas(1024) char v[kWalkStages][2][64 * kPanelRowBytes];  // [token, value channel]
+  alignas(1024) char out[2][64 * kPanelRowBytes];             // [token, value channel]
+  alignas(16) ChunkFactors factors[kWalkStages];
+  // After the last chunk: no decay, and values that nobody uses.
+  alignas(16) ChunkFactors none;
+  alignas(1024) char no_values[64 * kPanelRowBytes];
+  // Of a stage: k_decayed, factors and values, which are read first; and the rest.
+  alignas(8) uint64_t early_full[kWalkStages], early_empty[kWalkStages];
+  alignas(8) uint64_t made[kWalkStages];  // the record is there to be loaded
+  alignas(8) uint64_t late_full[kWalkStages], late_empty[kWalkStages];
+  alignas(8) uint64_t out_full[2];
+  alignas(8) uint64_t out_empty[2];
+
+  __device__ __forceinline__ void init() {  // by one thread
+    for (int s = 0; s < kWalkStages; ++s) {
+      TransactionBarrier::init(&early_full[s], 1);
+      TransactionBarrier::init(&late_full[s], 1);
+      EmptyBarrier::init(&made[s], 1);
+      EmptyBarrier::init(&early_empty[s], 256);  // threads, not warps: racecheck follows no warp barrier
+      EmptyBarrier::init(&late_empty[s], 256);
+    }
+    for (int w = 0; w < 2; ++w) {
+      EmptyBarrier::init(&out_full[w], 128);
+      EmptyBarrier::init(&out_empty[w], 32);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+};
+
+struct WalkParams {
+  CUtensorMap v_map;        // boxes of one panel of 64 tokens of one head
+  CUtensorMap v_token_map;  // the same of one token
+  StateParams state;
+  OutputParams out;
+  int tensor_tokens;  // T
+};
+
+// A chain as all warps of the CTA see it.
+struct Chain {
+  int seq, head, batch, steps;
+  int64_t first_token, length;
+  __device__ __forceinline__ Chain(Deal const& deal, int chain) : seq(deal.sequence(chain)), head(deal.head(chain)) {
+    batch = deal.sequences.batch(seq), first_token = deal.sequences.first_token(seq);
+    length = deal.length(chain);
+    steps = __shfl_sync(0xffffffffu, static_cast<int>((length + kChunk - 1) / kChunk), 0);  // for the compiler's sake
+  }
+};
+
+// One warp: of each step's record what is wanted first, and the values.
+__device__ __forceinline__ void feed_early(WalkParams const& p, Deal const& deal, Ring const& ring, WalkSmem& smem,
+                                           int walker, int lane) {
+  constexpr auto kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+  uint32_t phases = (1u << kWalkStages) - 1;  // the first pass over the stages finds them empty
+  int step = 0, known = 0;                    // steps before `known` are made
+  for (int number = walker; number < deal.chains; number += deal.walkers) {
+    Chain const chain(deal, number);
+    int64_t left = chain.length;
+    int token = static_cast<int>(chain.first_token);
+    for (int i = 0; i < chain.steps; ++i, ++step, left -= kChunk, token += kChunk) {
+      int const stage = i % kWalkStages;
+      auto& operands = smem.operands[stage];
+      uint64_t* const full = &smem.early_full[stage];
+      while (known <= step) {  // looks ahead, one step a lane
+        bool const made = lane < ring.slots && ring.is_made(walker, step + lane);
+        uint32_t const missing = ~__ballot_sync(0xffffffffu, made);
+        known = step + (missing != 0 ? __ffs(missing) - 1 : 32);
+        if (known > step) fence_bulk_copies();
+      }
+      EmptyBarrier::wait(&smem.early_empty[stage], phases >> stage & 1);
+      phases ^= 1u << stage;
+      if (lane == 0)
+        TransactionBarrier::arrive_and_expect_tx(full,
+                                                 sizeof(operands.k_decayed) + sizeof(ChunkFactors) + sizeof(smem.v[0]));
+      __syncwarp();
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        if (left >= kChunk) {
+          if (lane == 0)
+            cute::SM90_TMA_LOAD_5D::copy(&p.v_map, full, kStreamed, smem.v[stage][w], 0, token, w, chain.head,
+                                         chain.batch);
+        } else {
+          // A partial chunk token by token: behind its end lie another sequence's values, so those rows are read past
+          // the end of the tensor, which gives zeros.
+          for (int row = lane; row < kChunk; row += 32)
+            cute::SM90_TMA_LOAD_5D::copy(&p.v_token_map, full, kStreamed, smem.v[stage][w] + row * kPanelRowBytes, 0,
+                                         row < left ? token + row : p.tensor_tokens, w, chain.head, chain.batch);
+        }
+      }
+      if (lane == 0 && left > kAhead * kChunk)
+        for (int w = 0; w < 2; ++w)
+          cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&p.v_map, 0, token + kAhead * kChunk, w, chain.head, chain.batch);
+      if (lane == 0) {
+        EmptyBarrier::arrive(&smem.made[stage]);
+        Record const& record = ring.records[ring.slot(walker, step)];
+        cute::SM90_BULK_COPY_G2S::copy(record.k_decayed, full, operands.k_decayed, sizeof(operands.k_decayed));
+        cute::SM90_BULK_COPY_G2S::copy(&record.factors, full, &smem.factors[stage], sizeof(ChunkFactors));
+      }
+      __syncwarp();
+    }
+  }
+}
+
+// One warp: the rest of it.
+__device__ __forceinline__ void feed_late(Deal const& deal, Ring const& ring, WalkSmem& smem, int walker, int lane) {
+  uint32_t empty_phases = (1u << kWalkStages) - 1, made_phases = 0;
+  int step = 0;
+  for (int number = walker; number < deal.chains; number += deal.walkers) {
+    Chain const chain(deal, number);
+    for (int i = 0; i < chain.steps; ++i, ++step) {
+      int const stage = i % kWalkStages;
+      auto& operands = smem.operands[stage];
+      uint64_t* const full = &smem.late_full[stage];
+      EmptyBarrier::wait(&smem.late_empty[stage], empty_phases >> stage & 1);
+      empty_phases ^= 1u << stage;
+      // It does not go on before this is seen: the warpgroups free the stage for the next record once they have what is
+      // asked for here.
+      EmptyBarrier::wait(&smem.made[stage], made_phases >> stage & 1);
+      made_phases ^= 1u << stage;
+      if (lane == 0) {
+        Record const& record = ring.records[ring.slot(walker, step)];
+        constexpr int kLate = kRecordPanelBytes - sizeof(operands.k_decayed);
+        TransactionBarrier::arrive_and_expect_tx(full, kLate);
+        cute::SM90_BULK_COPY_G2S::copy(record.q_decayed, full, operands.q_decayed, kLate);
+      }
+      __syncwarp();
+    }
+  }
+}
+
+// One warp: a warpgroup's outputs, 128 bytes a token. One of the two tells the producers what has been taken.
+__device__ __forceinline__ void write_outputs(WalkParams const& p, Deal const& deal, Ring const& ring, WalkSmem& smem,
+                                              int walker, int w, int lane) {
+  int const unit = lane % 8;
+  int written = 0;
+  for (int number = walker; number < deal.chains; number += deal.walkers) {
+    Chain const chain(deal, number);
+    bf16* out = p.out.data + p.out.stride_batch * chain.batch + p.out.stride_token * (chain.first_token + lane / 8) +
+                p.out.stride_head * chain.head + kValueTile * w + 8 * unit;
+    int64_t tokens = chain.length;
+    for (int i = 0; i < chain.steps; ++i, ++written, tokens -= kChunk) {
+      EmptyBarrier::wait(&smem.out_full[w], written & 1);
+#pragma unroll 4
+      for (int row = lane / 8; row < kChunk; row += 4, out += 4 * p.out.stride_token)
+        if (row < tokens)
+          __stcs(reinterpret_cast<uint4*>(out), *reinterpret_cast<uint4 const*>(smem.out[w] + panel_offset(row, unit)));
+      EmptyBarrier::arrive(&smem.out_empty[w]);
+      // Where there are outputs, the whole record has come.
+      if (w == 0 && lane == 0 && written % kTellEvery == 0) ring.tell_taken(walker, written + 1);
+      __syncwarp();
+    }
+  }
+}
+
+// Two warpgroups.
+__device__ __forceinline__ void carry_states(WalkParams const& p, Deal const& deal, WalkSmem& smem, int walker,
+                                             int warpgroup, int warp, int lane) {
+  int const first_value = kValueTile * warpgroup;
+  StateLanes const lanes(first_value, warp, lane);
+  float s[64], w[32], o[32], v_new[32];
+  uint32_t s_operand[32], w_operand[16], v_operand[16], o_packed[16];
+  uint32_t phases = 0;
+  int handed = 0;
+  auto hand_out = [&] {  // to the writer; the panel is free once the chunk before has left it
+    EmptyBarrier::wait(&smem.out_empty[warpgroup], handed & 1 ^ 1);
+    lanes.store_output(smem.out[warpgroup], o_packed);
+    EmptyBarrier::arrive(&smem.out_full[warpgroup]);
+    ++handed;
+  };
+  auto wait_early = [&](int stage) { TransactionBarrier::wait(&smem.early_full[stage], phases >> stage & 1); };
+  auto wait_late = [&](int stage) {
+    TransactionBarrier::wait(&smem.late_full[stage], phases >> stage & 1);
+    phases ^= 1u << stage;
+  };
+#pragma unroll 1
+  for (int number = walker; number < deal.chains; number += deal.walkers) {
+    Chain const chain(deal, number);
+    int const seq = chain.seq, head = chain.head, steps = chain.steps;
+    if (steps == 0) {
+      p.out.store_zeros(deal.sequences, seq, head, 128 * warpgroup + 32 * warp + lane, 256);
+      keep_state(p.state, seq, head, 128 * warpgroup + 32 * warp + lane, 256);
+      continue;
+    }
+    lanes.load_initial(s, p.state, initial_offset(p.state, seq, head));
+    pack_operand(s_operand, s);
+    wait_early(0);
+    lanes.seed_with_values(w, smem.v[0][warpgroup], smem.factors[0]);
+    lanes.decay(s, smem.factors[0].decay);
+    auto step = [&](auto stage_constant, int i) {
+      constexpr int stage = decltype(stage_constant)::value;
+      auto& operands = smem.operands[stage];
+      // W^T = beta V^T - S^T (beta K e^G)^T, the values being the accumulator's seed
+      fence_registers(w);
+      cute::warpgroup_arrive();
+      wgmma_k_major<2>(w, s_operand, operands.k_decayed[0], true);
+      cute::warpgroup_commit_batch();
+
+      wait_late(stage);
+
+      fence_registers(o);
+      cute::warpgroup_arrive();
+      wgmma_k_major<1>(o, reinterpret_cast<uint32_t const(&)[16]>(s_operand[0]), operands.q_decayed[0], false);
+      cute::warpgroup_commit_batch();
+      cute::warpgroup_wait<1>();
+      fence_registers(w);
+      EmptyBarrier::arrive(&smem.early_empty[stage]);
+      pack_operand(w_operand, w);
+
+      // V'^T = W^T T^T; the other half of S^T (Q e^G)^T fills the tensor cores while V' becomes an operand
+      fence_registers(v_new);
+      cute::warpgroup_arrive();
+      wgmma_k_major<1>(v_new, w_operand, operands.t, false);
+      cute::warpgroup_commit_batch();
+      wgmma_k_major<1>(o, reinterpret_cast<uint32_t const(&)[16]>(s_operand[16]), operands.q_decayed[1], true);
+      cute::warpgroup_commit_batch();
+      if (i > 0) hand_out();
+      cute::warpgroup_wait<1>();
+      fence_registers(v_new);
+      pack_operand(v_operand, v_new);
+
+      // S^T += V'^T (K e^{G_end - G}),  O^T += V'^T Aqk^T
+      fence_registers(s);
+      cute::warpgroup_arrive();
+      wgmma_mn_major(s, v_operand, operands.k_remaining);
+      cute::warpgroup_commit_batch();
+      wgmma_k_major<1>(o, v_operand, operands.a_qk, true);
+      cute::warpgroup_commit_batch();
+
+      constexpr int next_stage = stage + 1 == kWalkStages ? 0 : stage + 1;
+      bool const last = i + 1 == steps;
+      ChunkFactors const& next = last ? smem.none : smem.factors[next_stage];
+      if (!last) wait_early(next_stage);
+      lanes.seed_with_values(w, last ? smem.no_values : smem.v[next_stage][warpgroup], next);
+      cute::warpgroup_wait<1>();
+      fence_registers(s);
+      pack_operand(s_operand, s);
+      // Not behind the next product: ptxas would wait for that one first.
+      lanes.decay(s, next.decay);
+
+      cute::warpgroup_wait<0>();
+      fence_registers(o);
+      pack_operand(o_packed, o);
+      EmptyBarrier::arrive(&smem.late_empty[stage]);
+    };
+    // Whole rounds of the ring, so that every address and descriptor is a constant.
+#pragma unroll 1
+    for (int first = 0; first < steps; first += kWalkStages)
+      static_for<kWalkStages>([&](auto stage) {
+        if (first + stage < steps) step(stage, first + stage);
+      });
+    hand_out();
+    lanes.store_final(s, p.state, final_offset(p.state, seq, head));
+  }
+}
+
+}  // namespace kda
