@@ -1,6 +1,7 @@
 """Prefill benchmark: `chunk_kda` of this kernel beside FLA's, at every shape, gate mode and regime, with errors.
 
     python benchmarks/prefill.py --tests            # the whole record; about 6 minutes on an H200
+    python benchmarks/prefill.py --tests --resume benchmarks/results/h200-prefill-part.json   # one that was cut short
     python benchmarks/prefill.py --rows 32x8192 8x8192 --regimes slow --no-write
     python benchmarks/prefill.py --check            # does the record speak of these sources?
     python benchmarks/prefill.py --device cpu --quick
@@ -171,6 +172,15 @@ def run_tests() -> dict:
         return test_counts(junit)
 
 
+def key_of(row: dict) -> tuple:
+    """What tells a row of the record from the others."""
+    return row["H"], row["HV"], tuple(row["seq_lens"]), row["gate"], row["regime"], row["g_dtype"]
+
+
+def key_of_cell(cell: Cell) -> tuple:
+    return cell.row.heads, cell.row.hv, cell.row.seq_lens, cell.gate, cell.regime, cell.g_dtype
+
+
 def times_table(rows: list[dict]) -> str:
     """One line a shape: ours in each regime, FLA with either gate, the host's time a call, and where a target was missed."""
     shapes: dict[tuple, dict[str, dict]] = {}
@@ -275,6 +285,12 @@ def parse(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="folder of the record (default benchmarks/results)")
     parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="JSON",
+        help="take the rows of this record of a run that was cut short, measure the others",
+    )
+    parser.add_argument(
         "--no-write", dest="write", action="store_false", help="print only; implied by a part of the rows"
     )
     parser.add_argument(
@@ -328,24 +344,43 @@ def main(argv=None) -> int:
     plan = cells(options.rows, tuple(options.regimes), options.given)
     meta = environment(options.device, fla_version)
 
-    rows = []
+    meta |= {"tests": tests, "repeats": options.repeats, "error_heads": ERROR_HEADS}
+    done = {}
+    if options.resume is not None:
+        try:
+            rows, meta["earlier_dates"] = records.rows_so_far(options.resume, meta)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--resume: {error}") from None
+        done = {key_of(row): row for row in rows}
+        say(f"{len(done)} rows are there already")
+    left = [cell for cell in plan if key_of_cell(cell) not in done]
+    out = options.out or records.RESULTS
+
+    def record() -> dict:
+        return {"meta": meta, "rows": [done[key] for key in map(key_of_cell, plan) if key in done]}
+
+    part = None
     with torch.no_grad():
-        if fla:
-            with progress(len(fla_jobs(plan)), "FLA compiled") as advance:
-                compile_fla(plan, advance)
-            with progress(len(fla_variants(plan)), "FLA tuned") as advance:
-                tune_fla(fla, plan, options.device, advance)
-        with progress(len(plan), "measured") as advance:
-            for cell in plan:
-                rows.append(run_cell(cell, ours, fla, options))
+        if fla and left:
+            with progress(len(fla_jobs(left)), "FLA compiled") as advance:
+                compile_fla(left, advance)
+            with progress(len(fla_variants(left)), "FLA tuned") as advance:
+                tune_fla(fla, left, options.device, advance)
+        with progress(len(left), "measured") as advance:
+            for cell in left:
+                row = done[key_of_cell(cell)] = run_cell(cell, ours, fla, options)
+                if options.write:
+                    part = records.write(record(), out, "prefill-part")
                 if options.device.type == "cuda":
                     torch.cuda.empty_cache()  # a graph's memory pool is not reused by the next graph
-                advance(f"{cell.label}: {number(rows[-1]['ms'])} ms, FLA {number(rows[-1]['fla_ms'])}")
+                advance(f"{cell.label}: {number(row['ms'])} ms, FLA {number(row['fla_ms'])}")
 
-    record = {"meta": meta | {"tests": tests, "repeats": options.repeats, "error_heads": ERROR_HEADS}, "rows": rows}
-    malformed = records.problems(record)
+    rows = record()["rows"]
+    malformed = records.problems(record())
     if options.write:
-        path = records.write(record, options.out or records.RESULTS)
+        path = records.write(record(), out)
+        if part is not None:
+            part.unlink()
         say(f"wrote {path}")
     print(
         f"\n{meta['gpu']}, torch {meta['torch']}, FLA {fla_version}, {time.monotonic() - started:.0f} s; milliseconds\n"

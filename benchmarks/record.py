@@ -54,13 +54,14 @@ def gpu_slug(name: str) -> str:
 
 
 def write(record: dict, directory: Path, suffix: str = "prefill") -> Path:
-    """Write `<directory>/<gpu>-<suffix>.json`, one row a line so that diffs read as tables do."""
+    """Write `<directory>/<gpu>-<suffix>.json`, one row a line so that diffs read as tables do. Nobody sees half of it."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{gpu_slug(record['meta']['gpu'])}-{suffix}.json"
     rows = ",\n".join("  " + json.dumps(_finite(row)) for row in record["rows"])
     meta = json.dumps(_finite(record["meta"]), indent=2).replace("\n", "\n ")
-    path.write_text(f'{{\n "meta": {meta},\n "rows": [\n{rows}\n ]\n}}\n')
-    return path
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(f'{{\n "meta": {meta},\n "rows": [\n{rows}\n ]\n}}\n')
+    return unfinished.replace(path)
 
 
 def _finite(x):
@@ -104,6 +105,21 @@ def problems(record: dict) -> list[str]:
     if not record.get("rows"):
         found.append("rows is empty")
     return found
+
+
+def rows_so_far(path: Path, meta: dict) -> tuple[list[dict], list[str]]:
+    """Rows and dates of a run that was cut short, for one that goes on with it on the same sources and the same machine.
+
+    Raises ValueError where `path` is no such record or `meta`, of the present run, differs in more than the date.
+    """
+    record = json.loads(path.read_text())
+    found = problems(record)
+    if found:
+        raise ValueError(f"{path}: {found[0]}")
+    for key in META:
+        if key not in ("date", "tests") and record["meta"][key] != meta[key]:
+            raise ValueError(f"{path}: {key} was {record['meta'][key]}, is {meta[key]}")
+    return record["rows"], [*record["meta"].get("earlier_dates", []), record["meta"]["date"]]
 
 
 def missing_cells(record: dict) -> list[str]:

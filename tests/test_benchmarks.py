@@ -367,6 +367,27 @@ def test_prefill_runs_on_a_cpu(built, tmp_path):
     assert all(0 < row["err_o"] < 5e-3 and 0 < row["err_s"] < 4e-3 for row in record["rows"])
 
 
+def test_prefill_goes_on_where_it_was_cut_short(built, tmp_path):
+    command = ["benchmarks/prefill.py", "--device", "cpu", "--quick", "--repeats", "1", "--out", str(tmp_path)]
+    whole = tmp_path / "cpu-prefill.json"
+    done = run(*command, **built)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [whole.name]  # nothing is left of the parts
+    first = json.loads(whole.read_text())
+    kept = first["rows"][:1] + first["rows"][3:]
+    part = records.write({**first, "rows": kept}, tmp_path / "part")
+    done = run(*command, "--resume", str(part), **built)
+    assert done.returncode == 0, done.stderr
+    assert "measured 2/2" in done.stderr and "measured 1/2" in done.stderr
+    second = json.loads(whole.read_text())
+    assert [row for i, row in enumerate(second["rows"]) if i not in (1, 2)] == kept
+    assert [prefill.key_of(row) for row in second["rows"]] == [prefill.key_of(row) for row in first["rows"]]
+    assert second["meta"]["earlier_dates"] == [first["meta"]["date"]]
+    records.write({"meta": {**first["meta"], "source_digest": "another"}, "rows": kept}, tmp_path / "part")
+    done = run(*command, "--resume", str(part), **built)
+    assert done.returncode == 1 and "source_digest was another" in done.stderr
+
+
 def test_accuracy_runs_on_a_cpu(built):
     done = run("benchmarks/accuracy.py", "--device", "cpu", "--quick", **built)
     assert done.returncode == 0, done.stdout + done.stderr
