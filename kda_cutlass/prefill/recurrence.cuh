@@ -112,7 +112,6 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     if constexpr (kWarpgroups > 1) cutlass::arch::warpgroup_reg_dealloc<40>();
     if (warp == 4 * kWarpgroups) {
       // ---- producer: one record and its values a stage
-      constexpr auto kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
       Record const* record = p.slab.records + int64_t(slot_base + begin - p.slab.begin) * p.value_heads + head;
       int stage = 0, phase = 1;  // the first pass over the ring finds it empty
       for (int i = 0; i < steps; ++i, record += p.value_heads) {
@@ -127,19 +126,9 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
         }
         __syncwarp();
 #pragma unroll
-        for (int w = 0; w < kWarpgroups; ++w) {
-          int const panel = slice * kWarpgroups + w;
-          if (tokens == kChunk) {
-            if (lane == 0)
-              cute::SM90_TMA_LOAD_5D::copy(&p.v_map, full, kStreamed, smem.v[stage][w], 0, token, panel, head, batch);
-          } else {
-            // A partial chunk token by token: behind its end lie another sequence's values, so those rows are read past
-            // the end of the tensor, which gives zeros.
-            for (int row = lane; row < kChunk; row += 32)
-              cute::SM90_TMA_LOAD_5D::copy(&p.v_token_map, full, kStreamed, smem.v[stage][w] + row * kPanelRowBytes, 0,
-                                           row < tokens ? token + row : p.tensor_tokens, panel, head, batch);
-          }
-        }
+        for (int w = 0; w < kWarpgroups; ++w)
+          request_values(p.v_map, p.v_token_map, p.tensor_tokens, full, smem.v[stage][w], token, tokens,
+                         slice * kWarpgroups + w, head, batch, lane);
         if (++stage == Shape::kStages) stage = 0, phase ^= 1;
       }
     } else if (warp <= 4 * kWarpgroups + kWarpgroups) {

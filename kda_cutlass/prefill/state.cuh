@@ -2,6 +2,8 @@
 // accumulator, so that state, W and V' become left operands of the next WGMMA without a trip through shared memory.
 #pragma once
 
+#include <cuda.h>
+
 #include "record.cuh"
 
 namespace kda {
@@ -85,6 +87,24 @@ __device__ __forceinline__ void keep_state(StateParams const& p, int seq, int he
       static_cast<float*>(p.final.data)[to + i] = x;
     else
       static_cast<bf16*>(p.final.data)[to + i] = static_cast<bf16>(x);
+  }
+}
+
+// By a warp: the values of a chunk, 64 channels of one head, as a panel [token, value channel]. `map` gives boxes of one
+// panel of 64 tokens, `token_map` of one token.
+template <class Tokens>
+__device__ __forceinline__ void request_values(CUtensorMap const& map, CUtensorMap const& token_map, int tensor_tokens,
+                                               uint64_t* full, char* values, int token, Tokens tokens, int panel,
+                                               int head, int batch, int lane) {
+  constexpr auto kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+  if (tokens >= kChunk) {
+    if (lane == 0) cute::SM90_TMA_LOAD_5D::copy(&map, full, kStreamed, values, 0, token, panel, head, batch);
+  } else {
+    // A partial chunk token by token: behind its end lie another sequence's values, so those rows are read past the end
+    // of the tensor, which gives zeros.
+    for (int row = lane; row < kChunk; row += 32)
+      cute::SM90_TMA_LOAD_5D::copy(&token_map, full, kStreamed, values + row * kPanelRowBytes, 0,
+                                   row < tokens ? token + row : tensor_tokens, panel, head, batch);
   }
 }
 

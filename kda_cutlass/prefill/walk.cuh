@@ -84,7 +84,6 @@ struct Chain {
 // One warp: of each step's record what is wanted first, and the values.
 __device__ __forceinline__ void feed_early(WalkParams const& p, Deal const& deal, Ring const& ring, WalkSmem& smem,
                                            int walker, int lane) {
-  constexpr auto kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
   uint32_t phases = (1u << kWalkStages) - 1;  // the first pass over the stages finds them empty
   int step = 0, known = 0;                    // steps before `known` are made
   for (int number = walker; number < deal.chains; number += deal.walkers) {
@@ -108,19 +107,9 @@ __device__ __forceinline__ void feed_early(WalkParams const& p, Deal const& deal
                                                  sizeof(operands.k_decayed) + sizeof(ChunkFactors) + sizeof(smem.v[0]));
       __syncwarp();
 #pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        if (left >= kChunk) {
-          if (lane == 0)
-            cute::SM90_TMA_LOAD_5D::copy(&p.v_map, full, kStreamed, smem.v[stage][w], 0, token, w, chain.head,
-                                         chain.batch);
-        } else {
-          // A partial chunk token by token: behind its end lie another sequence's values, so those rows are read past
-          // the end of the tensor, which gives zeros.
-          for (int row = lane; row < kChunk; row += 32)
-            cute::SM90_TMA_LOAD_5D::copy(&p.v_token_map, full, kStreamed, smem.v[stage][w] + row * kPanelRowBytes, 0,
-                                         row < left ? token + row : p.tensor_tokens, w, chain.head, chain.batch);
-        }
-      }
+      for (int w = 0; w < 2; ++w)
+        request_values(p.v_map, p.v_token_map, p.tensor_tokens, full, smem.v[stage][w], token, left, w, chain.head,
+                       chain.batch, lane);
       if (lane == 0 && left > kAhead * kChunk)
         for (int w = 0; w < 2; ++w)
           cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&p.v_map, 0, token + kAhead * kChunk, w, chain.head, chain.batch);
