@@ -156,8 +156,11 @@ def execute_pooled(call: Call, states: States, out: torch.Tensor, final_state: t
 
 
 def _execute(call: Call, output_final_state: bool, needs_grad: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out = call.v.new_empty(call.v.shape)
-    final_state = call.v.new_empty(call.state_shape, dtype=call.state_dtype) if output_final_state else None
+    v = call.v
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final_state = None
+    if output_final_state:
+        final_state = torch.empty(call.state_shape, dtype=call.state_dtype, device=v.device)
     run(call, out, final_state, needs_grad)
     return out, final_state
 
