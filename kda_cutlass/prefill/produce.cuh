@@ -69,7 +69,8 @@ __device__ __forceinline__ void wait_stored() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLast) : "memory");
 }
 
-// By a group of eight warps, which share the named barriers `barrier` and `barrier` + 2. smem's barriers are ready.
+// By a group of eight warps, which share the named barriers `barrier`, `barrier` + 2 and `barrier` + 4. smem's barriers
+// are ready.
 template <Gate kGate, bool kFp32Gate>
 __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, Ring const& ring, ProducerSmem& smem,
                                         Share const& share, int barrier, int warp, int lane) {
