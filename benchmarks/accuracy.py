@@ -97,7 +97,8 @@ class Case:
 
 H = 8  # FLA compiles anew for every head count; one serves all cases
 CASES = (
-    *(Case(f"{name}", Row(H, (8192,)), regime(name)) for name in ("steep", "slow", "mixed", "kimi")),
+    *(Case(name, Row(H, (8192,)), regime(name)) for name in ("steep", "slow", "mixed", "kimi")),
+    *(Case(f"{name}-1024", Row(H, (1024,)), regime(name)) for name in ("steep", "slow", "mixed", "kimi")),
     Case("checkpoint", Row(H, (8192,)), checkpoint),
     Case("resets", Row(H, (8192,)), resets),
     Case("token-resets", Row(H, (8192,)), token_resets),
