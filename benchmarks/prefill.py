@@ -172,13 +172,10 @@ def run_tests() -> dict:
         return test_counts(junit)
 
 
-def key_of(row: dict) -> tuple:
-    """What tells a row of the record from the others."""
-    return row["H"], row["HV"], tuple(row["seq_lens"]), row["gate"], row["regime"], row["g_dtype"]
-
-
-def key_of_cell(cell: Cell) -> tuple:
-    return cell.row.heads, cell.row.hv, cell.row.seq_lens, cell.gate, cell.regime, cell.g_dtype
+def label_of(row: dict) -> str:
+    """The label of the cell that a row of the record is of."""
+    shape = Row(row["H"], tuple(row["seq_lens"]), value_heads=row["HV"])
+    return Cell(shape, row["gate"], row["regime"], row["g_dtype"]).label
 
 
 def times_table(rows: list[dict]) -> str:
@@ -239,12 +236,8 @@ def errors_table(rows: list[dict]) -> str:
 def verdicts(rows: list[dict]) -> list[str]:
     """What the issue asks of every row, and where it does not hold."""
 
-    def name(row):
-        shape = Row(row["H"], tuple(row["seq_lens"]), value_heads=row["HV"])
-        return Cell(shape, row["gate"], row["regime"], row["g_dtype"]).label
-
     def collect(title, condition):
-        bad = [name(row) for row in rows if condition(row)]
+        bad = [label_of(row) for row in rows if condition(row)]
         more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
         return f"{title}: {len(bad)} of {len(rows)}" + (f" ({'; '.join(bad[:6])}{more})" if bad else "")
 
@@ -351,13 +344,13 @@ def main(argv=None) -> int:
             rows, meta["earlier_dates"] = records.rows_so_far(options.resume, meta)
         except (OSError, ValueError) as error:
             raise SystemExit(f"--resume: {error}") from None
-        done = {key_of(row): row for row in rows}
+        done = {label_of(row): row for row in rows}
         say(f"{len(done)} rows are there already")
-    left = [cell for cell in plan if key_of_cell(cell) not in done]
+    left = [cell for cell in plan if cell.label not in done]
     out = options.out or records.RESULTS
 
     def record() -> dict:
-        return {"meta": meta, "rows": [done[key] for key in map(key_of_cell, plan) if key in done]}
+        return {"meta": meta, "rows": [done[cell.label] for cell in plan if cell.label in done]}
 
     part = None
     with torch.no_grad():
@@ -368,17 +361,17 @@ def main(argv=None) -> int:
                 tune_fla(fla, left, options.device, advance)
         with progress(len(left), "measured") as advance:
             for cell in left:
-                row = done[key_of_cell(cell)] = run_cell(cell, ours, fla, options)
+                row = done[cell.label] = run_cell(cell, ours, fla, options)
                 if options.write:
                     part = records.write(record(), out, "prefill-part")
                 if options.device.type == "cuda":
                     torch.cuda.empty_cache()  # a graph's memory pool is not reused by the next graph
                 advance(f"{cell.label}: {number(row['ms'])} ms, FLA {number(row['fla_ms'])}")
 
-    rows = record()["rows"]
-    malformed = records.problems(record())
+    whole = record()
+    rows, malformed = whole["rows"], records.problems(whole)
     if options.write:
-        path = records.write(record(), out)
+        path = records.write(whole, out)
         if part is not None:
             part.unlink()
         say(f"wrote {path}")

@@ -91,6 +91,9 @@ __device__ __forceinline__ void prefetch_l2(void const* address) {
 // unit u ^ (r % 8). The panel starts at a multiple of 1024 bytes.
 constexpr int kPanelRowBytes = 128;
 
+// The cache hint of what a kernel reads once.
+constexpr uint64_t kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+
 __device__ __forceinline__ uint32_t panel_offset(int row, int unit) {
   return row * kPanelRowBytes + ((unit ^ (row & 7)) << 4);
 }

@@ -381,7 +381,7 @@ def test_prefill_goes_on_where_it_was_cut_short(built, tmp_path):
     assert "measured 2/2" in done.stderr and "measured 1/2" in done.stderr
     second = json.loads(whole.read_text())
     assert [row for i, row in enumerate(second["rows"]) if i not in (1, 2)] == kept
-    assert [prefill.key_of(row) for row in second["rows"]] == [prefill.key_of(row) for row in first["rows"]]
+    assert [prefill.label_of(row) for row in second["rows"]] == [prefill.label_of(row) for row in first["rows"]]
     assert second["meta"]["earlier_dates"] == [first["meta"]["date"]]
     records.write({"meta": {**first["meta"], "source_digest": "another"}, "rows": kept}, tmp_path / "part")
     done = run(*command, "--resume", str(part), **built)

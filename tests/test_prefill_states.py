@@ -141,8 +141,6 @@ def test_pool_in_place(kernel, p, H, min_state_index, index, dtype, v_first):
 def test_pool_with_a_batch(kernel, p, H, T):
     """Without cu_seqlens; from one pool to another of a different size and dtype, whose smaller one bounds the slots."""
     slots = [2, 4, 1, -2]
-    if H > 2 and not p.on_kernel:
-        pytest.skip("the kernels' matter")
     args = fwd_args(p, B=4, T=T, H=H)
     source, _ = make_pool(p, args, 6)
     target, buffer = make_pool(p, args, 4, torch.bfloat16, gap=7)

@@ -96,9 +96,9 @@ def test_what_the_tests_of_the_streamed_schedule_call(ask, sizes):
     assert answer["walkers"] and not answer["fused"] and not answer["split"]
 
 
-@pytest.mark.parametrize("heads, walkers", [(24, 24), (32, 32), (40, 40), (48, 48), (64, 32), (96, 32)])
-def test_walkers_have_equal_shares(ask, heads, walkers):
-    assert ask(heads, [8192])["walkers"] == walkers
+@pytest.mark.parametrize("heads", [24, 32, 40, 48, 64, 80, 96])
+def test_walkers_have_equal_shares(ask, heads):
+    assert heads % ask(heads, [8192])["walkers"] == 0
 
 
 @pytest.mark.parametrize("lengths", [[1024] * 8, [8192]], ids=["batch", "one"])

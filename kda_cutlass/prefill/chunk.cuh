@@ -137,8 +137,6 @@ struct SolvePanels {  // both zero above the diagonal blocks
   char* a_qk;         // Aqk~ = Aqk_ij |k_j|
 };
 
-constexpr uint64_t kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
-
 // Requests, by one thread: of a tensor's panels, a gate among them; of q and k.
 __device__ __forceinline__ void request_panels(CUtensorMap const& map, uint64_t* loaded, char* panels,
                                                ChunkPlace const& at, int head, int panel = 0) {

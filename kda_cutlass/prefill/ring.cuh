@@ -21,8 +21,8 @@ struct Deal {
   __device__ __forceinline__ int64_t length(int chain) const { return live_length(sequences, state, sequence(chain)); }
 };
 
-// Flags between CTAs. Who has seen a bulk copy end may tell of it; who has read a flag needs a fence before bulk copies that
-// rely on it, being on the other side of a proxy.
+// Flags between CTAs. Who has seen a bulk copy end may tell of it; who has read a flag needs a fence before bulk copies
+// that rely on it, being on the other side of a proxy.
 __device__ __forceinline__ int load_acquire(int const* flag) {
   int value;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");

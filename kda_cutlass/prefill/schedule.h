@@ -4,8 +4,8 @@
 //
 //   fused  one CTA a chain (sequence, head): for calls with enough chains to fill the card; no workspace but flags
 //   split  prepare makes records of chunks, for all chains in parallel, recurrence walks the chains with them
-//   stream the same in one launch: some SMs walk while the others make records, which pass through the L2; for few, long
-//          chains of one length
+//   stream the same in one launch: some SMs walk while the others make records, which pass through the L2; for few,
+//          long chains of one length
 #pragma once
 
 #include <algorithm>
@@ -80,8 +80,8 @@ inline Walkers choose_walkers(int64_t chains, int sms) {
   return best;
 }
 
-// Which schedules a call launches: fused and split both where sequences are packed and their lengths have to decide. The
-// fused kernel, in front, then leaves word whether it did the call, and the split kernels return at once if so.
+// Which schedules a call launches: fused and split both where sequences are packed and their lengths have to decide.
+// The fused kernel, in front, then leaves word whether it did the call, and the split kernels return at once if so.
 struct Schedules {
   bool fused, split;
   int walkers;  // of the streamed schedule; 0 without it

@@ -96,7 +96,6 @@ template <class Tokens>
 __device__ __forceinline__ void request_values(CUtensorMap const& map, CUtensorMap const& token_map, int tensor_tokens,
                                                uint64_t* full, char* values, int token, Tokens tokens, int panel,
                                                int head, int batch, int lane) {
-  constexpr auto kStreamed = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
   if (tokens >= kChunk) {
     if (lane == 0) cute::SM90_TMA_LOAD_5D::copy(&map, full, kStreamed, values, 0, token, panel, head, batch);
   } else {

@@ -1,6 +1,6 @@
 // Stream: walkers (walk.cuh) carry the states of chains, the other CTAs make their records (produce.cuh), which go
-// through a ring in the L2 (ring.cuh). They wait for each other, so all must run at once: a cooperative launch of one CTA
-// an SM.
+// through a ring in the L2 (ring.cuh). They wait for each other, so all must run at once: a cooperative launch of one
+// CTA an SM.
 #pragma once
 
 #include "produce.cuh"
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_
   int const walkers = p.ring.walkers, makers = gridDim.x - walkers;
   Deal const deal = {sequences, p.walk.state, p.chunk.value_heads, sequences.num_seqs * p.chunk.value_heads, walkers};
 
-  // The first CTAs walk. Of the others each is two groups of producers, and each walker has a team of groups of its own.
+  // The first CTAs walk. Each of the others is two groups of producers; each walker has a team of groups of its own.
   int const cta = blockIdx.x;
   if (cta < walkers) {
     if (threadIdx.x == 0) smem.walk.init();
