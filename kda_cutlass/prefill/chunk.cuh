@@ -2,7 +2,7 @@
 // make_factors() makes k, q and g into operands of the recurrence and of the chunk's two 64 x 64 products; solve()
 // multiplies those and inverts I + Akk. One step may work on the next chunk while another's warps do the other.
 //
-// Warps b and b + 4 work on the block of 16 tokens b and half of the channels each. Log decays are summed along the
+// Warps b and 7 - b work on the block of 16 tokens b and half of the channels each. Log decays are summed along the
 // tokens from the block's middle, two channels a lane. Factors are then made 16 channels at a time in the register
 // layout of a warp-level MMA, so that they become operands of the products as they stand. Every pair (i, j) is factored
 // through the middles of the two tokens' blocks: exp(G_i - G_middle) for the row, exp(G_middle - G_j) times what lies
@@ -82,8 +82,8 @@ struct alignas(1024) FactorScratch {
   // Decays per channel (their logarithms where the chunk is not tame), a block's for its own warps: from the chunk's
   // start to the block's middle, from there to the end, and from there to the middle of each block after it.
   enum : int { kToStart = 0, kToEnd = kBlocks, kToRows = 2 * kBlocks, kDecays = 2 * kBlocks + kPairs };
-  float decay[kDecays][kHeadDim];
-  float square_sum[2][2][kChunk];  // of a half's channels, of q and of k
+  float decay[kDecays][kHeadDim];          // in the order of ChunkFactors
+  float q_scale[kChunk], k_scale[kChunk];  // of the tokens: scale / |q_i| and -beta_i / |k_i|^2
 
   // The lower halves of a warp's 16 tokens x 64 channels: each 16 channels where their row factors go, in an order in
   // which neither rows nor columns of 16-byte units meet in a bank.
@@ -153,13 +153,13 @@ template <bool kFp32Gate>
 constexpr int kGateBytes = (kFp32Gate ? 2 : 1) * kOperandBytes;
 constexpr int kKeyBytes = 2 * kOperandBytes;
 
-// beta of a lane's two tokens, as it lies in memory.
+// beta of two tokens of a warp's block, lane / 4 and 8 after it, as it lies in memory.
 struct RawBeta {
   uint32_t bits[2] = {};
-  __device__ __forceinline__ void load(ChunkParams const& p, ChunkPlace at, int warp, int lane) {
+  __device__ __forceinline__ void load(ChunkParams const& p, ChunkPlace at, int block, int lane) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      int const token = kBlock * (warp % kBlocks) + 8 * h + lane / 4;
+      int const token = kBlock * block + 8 * h + lane / 4;
       if (token >= at.tokens) continue;
       int64_t const offset = p.beta.stride_batch * at.batch + p.beta.stride_token * (at.first_token + token) +
                              p.beta.stride_head * at.head;
@@ -317,16 +317,18 @@ __device__ __forceinline__ void multiply_fp32(Product& d, LeftOperand const& x, 
     }
 }
 
-// (I - a)^-1 of a strictly lower 16 x 16 block by forward substitution in fp32, one column a lane, in place.
+// (I - a)^-1 of a strictly lower 16 x 16 block in fp32, in place: its two 8 x 8 diagonal blocks by forward substitution,
+// one column a lane, then what is left below them.
 __device__ __forceinline__ void invert_diagonal(Block& a, int lane) {
-  int const column = lane & 15;
-  float x[kBlock];
+  constexpr int kHalf = kBlock / 2;
+  int const first = lane & kHalf, column = lane & (kHalf - 1);  // lanes 16 to 31 do what the others do
+  float x[kHalf];
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
+  for (int i = 0; i < kHalf; ++i) {
     float sum[4] = {i == column ? 1.f : 0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int m = 0; m < i; m += 4) {
-      float4 const row = *reinterpret_cast<float4 const*>(&a[i * kBlockPitch + m]);
+      float4 const row = *reinterpret_cast<float4 const*>(&a[(first + i) * kBlockPitch + first + m]);
       sum[0] += row.x * x[m];
       if (m + 1 < i) sum[1] += row.y * x[m + 1];
       if (m + 2 < i) sum[2] += row.z * x[m + 2];
@@ -337,38 +339,73 @@ __device__ __forceinline__ void invert_diagonal(Block& a, int lane) {
   __syncwarp();
   if (lane < kBlock) {
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) a[i * kBlockPitch + column] = x[i];
+    for (int i = 0; i < kHalf; ++i) a[(first + i) * kBlockPitch + first + column] = x[i];
   }
+  __syncwarp();
+  int const row = lane >> 2, inner = 2 * (lane & 3);
+  float* const lower = a + kHalf * kBlockPitch;
+  // An 8 x 8 product, as multiply_fp32().
+  auto const multiply_half = [&](float (&d)[4], float2 x, float const* y) {
+    uint32_t const high[4] = {tf32_part(x.x), 0, tf32_part(x.y), 0}, low[4] = {tf32_rest(x.x), 0, tf32_rest(x.y), 0};
+    float const y0 = y[inner * kBlockPitch + row], y1 = y[(inner + 1) * kBlockPitch + row];
+    mma_tf32(d, high, tf32_rest(y0), tf32_rest(y1));
+    mma_tf32(d, low, tf32_part(y0), tf32_part(y1));
+    mma_tf32(d, high, tf32_part(y0), tf32_part(y1));
+  };
+  float left[4] = {}, merged[4] = {};
+  multiply_half(left, *reinterpret_cast<float2 const*>(&lower[row * kBlockPitch + kHalf + inner]), lower);
+  multiply_half(merged, make_float2(left[0], left[1]), a);
+  __syncwarp();
+  *reinterpret_cast<float2*>(&lower[row * kBlockPitch + inner]) = make_float2(merged[0], merged[1]);
   __syncwarp();
 }
 
-// Squares of q and of k summed over a half's channels for 16 tokens: the diagonals of a block's products with
-// themselves.
-__device__ __forceinline__ void store_square_sums(float* q_sums, float* k_sums, char const* q_panel,
-                                                  char const* k_panel, uint32_t lane_offset, int lane) {
-  Product product[2];
+// Calls f(h, token, 1 / |x|) for the tokens of a block of q or k, each by one lane: h = 0 or 1 for the block's token
+// lane / 4 or 8 after it. By a warp. Squares are summed on the diagonal of the block's product with itself.
+template <class F>
+__device__ __forceinline__ void for_each_norm(bool normalised, char const* panels, int block, int lane, F&& f) {
+  int const row = lane >> 2, matrix = lane >> 3;
+  float inverse[2] = {1.f, 1.f};
+  if (normalised) {
+    uint32_t const lane_offset = panel_offset(kBlock * block + (matrix & 1) * 8 + (lane & 7), matrix >> 1);
+    Product product[2];  // of a panel's channels
 #pragma unroll
-  for (int s = 0; s < kHalfSteps; s += 2) {
-    uint32_t x[2][2][4];
+    for (int s = 0; s < kHalfSteps; s += 2) {
+      uint32_t x[2][2][4];
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      ldmatrix_x4(x[t][0], q_panel + (lane_offset ^ (s + t) << 5));
-      ldmatrix_x4(x[t][1], k_panel + (lane_offset ^ (s + t) << 5));
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          ldmatrix_x4(x[t][half], panels + half * kPanelBytes + (lane_offset ^ (s + t) << 5));
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) multiply(product[half], x[t][half], x[t][half]);
     }
+    auto const sum = [&](Product const& p, int h) {
+      return row & 1 ? (h ? p.d[1][3] : p.d[0][1]) : (h ? p.d[1][2] : p.d[0][0]);
+    };
 #pragma unroll
-    for (int t = 0; t < 2; ++t)
-#pragma unroll
-      for (int which = 0; which < 2; ++which) multiply(product[which], x[t][which], x[t][which]);
+    for (int h = 0; h < 2; ++h) inverse[h] = rsqrt_approx(sum(product[0], h) + sum(product[1], h) + 1e-6f);
   }
-  int const row = lane >> 2;
-  if ((lane & 3) == row >> 1) {
+  if ((lane & 3) == row >> 1)
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      float* const sums = which == 0 ? q_sums : k_sums;
-      sums[row] = row & 1 ? product[which].d[0][1] : product[which].d[0][0];
-      sums[row + 8] = row & 1 ? product[which].d[1][3] : product[which].d[1][2];
-    }
-  }
+    for (int h = 0; h < 2; ++h) f(h, kBlock * block + 8 * h + row, inverse[h]);
+}
+__device__ __forceinline__ void scale_queries(FactorScratch& scratch, ChunkParams const& p, ChunkPlace at,
+                                              char const* q_panels, int block, int lane) {
+  for_each_norm(p.qk_l2norm, q_panels, block, lane, [&](int, int token, float inverse) {
+    scratch.q_scale[token] = token < at.tokens ? inverse * p.scale : 0.f;
+  });
+}
+__device__ __forceinline__ void scale_keys(FactorScratch& scratch, ChunkFactors& factors, ChunkParams const& p,
+                                           ChunkPlace at, char const* k_panels, RawBeta const& beta, int block,
+                                           int lane) {
+  for_each_norm(p.qk_l2norm, k_panels, block, lane, [&](int h, int token, float inverse) {
+    float const scaled = token < at.tokens ? beta.value(p, h) * inverse : 0.f;
+    factors.beta[ChunkFactors::index(token)] = scaled;
+    scratch.k_scale[token] = token < at.tokens ? -scaled * inverse : 0.f;
+  });
 }
 
 // The named barrier of the eight warps that do a step.
@@ -385,15 +422,18 @@ __device__ __forceinline__ bool sync_chunk_warps_and(int barrier, bool vote) {
   return all;
 }
 
+// Blocks have the more to do the earlier they come. Warps w and w + 4 share a scheduler.
+__device__ __forceinline__ int factor_block(int warp) { return warp < kBlocks ? warp : 2 * kBlocks - 1 - warp; }
+
 // The first step: panels and scratch.low, k_rows and columns. `warp` is 0 to 7; the gate is there already. Returns the
-// warp's parts of its diagonal block's products. All call `before_scratch()` before anything is written that the other
-// step reads, `before_keys()` before q and k are read.
+// warp's parts of its diagonal block's products. All call `scale()`, so that once they all have the tokens' scales are
+// there, and q and k; and `before_scratch()` before anything is written that the other step reads.
 template <Gate kGate, bool kFp32Gate, int kUnroll, class F, class G>
 __device__ __forceinline__ void make_factors(Product& q_product, Product& k_product, ChunkParams const& p,
                                              ChunkPlace at, FactorPanels const& panels, FactorScratch& scratch,
-                                             ChunkFactors& factors, int barrier, int warp, int lane, F&& before_scratch,
-                                             G&& before_keys) {
-  int const block = warp % kBlocks, half = warp / kBlocks;
+                                             ChunkFactors& factors, int barrier, int warp, int lane, F&& scale,
+                                             G&& before_scratch) {
+  int const block = factor_block(warp), half = warp / kBlocks;
   int const row = lane >> 2, column = 2 * (lane & 3), matrix = lane >> 3;
   int const token = kBlock * block + row;         // a lane's tokens are this one and 8 after it
   int const tokens = at.tokens - kBlock * block;  // of this block, if positive
@@ -403,124 +443,78 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
   char* const k_panel = panels.k + half * kPanelBytes;
   char* const gate_panel = panels.gate + half * kPanelBytes;
 
-  bool tame = true;
-  RawBeta raw_beta;
-  raw_beta.load(p, at, warp, lane);
-
-  // ---- sums of log decays (log2) from the block's middle, of channels 2 lane and 2 lane + 1. Their upper halves go
-  // over the gate.
-  char* const low = reinterpret_cast<char*>(scratch.low[block][kHalfSteps * half]);
+  // ---- sums of log decays (log2) from the block's middle, of channels 2 lane and 2 lane + 1
   int const channel = 64 * half + 2 * lane;
-  // Of token i the word at ^ (i % 8) << 4, + 128 i; of the lower halves at ^ (i % 4) << 5 ^ (i / 4 % 2) << 4, + 128 (i
-  // / 4).
-  uint32_t const high_words = cute::cast_smem_ptr_to_uint(gate_panel) + kBlock * block * kPanelRowBytes +
-                              ((lane >> 2) << 4) + ((lane & 3) << 2);
-  uint32_t const low_words =
-      cute::cast_smem_ptr_to_uint(low) + FactorScratch::low_offset(0, lane >> 2) + ((lane & 3) << 2);
-  auto const load_sum = [&](auto index) {
-    constexpr int i = decltype(index)::value;
-    uint32_t const high = load_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4);
-    uint32_t const low_half = load_word<128 * (i / 4)>(low_words ^ ((i & 3) << 5 | (i / 4 & 1) << 4));
-    return FloatPair{__uint_as_float(__byte_perm(low_half, high, 0x5410)),
-                     __uint_as_float(__byte_perm(low_half, high, 0x7632))};
-  };
+  // Of token i the word at ^ (i % 8) << 4, + 128 i.
+  uint32_t const gate_words = kBlock * block * kPanelRowBytes + ((lane >> 2) << 4) + ((lane & 3) << 2);
+  FloatPair sums[kBlock];  // first the gate
+  bool tame;
   {
     float const rate = kGate != Gate::kGiven && p.A_log != nullptr ? exp2f(p.A_log[at.head] * kLog2e) : 1.f;
     float2 dt_bias = make_float2(0.f, 0.f);
     if (kGate != Gate::kGiven && p.dt_bias != nullptr)
       dt_bias = __ldg(reinterpret_cast<float2 const*>(p.dt_bias + at.head * kHeadDim + channel));
     LogDecay<kGate> const x_decay(rate, p.lower_bound, dt_bias.x), y_decay(rate, p.lower_bound, dt_bias.y);
-    FloatPair gate[kBlock];
     if constexpr (kFp32Gate) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         float2 const x = *reinterpret_cast<float2 const*>(
             scratch.fp32_gate[2 * half + lane / 16] + panel_offset(kBlock * block + i, lane % 16 / 2) + 8 * (lane & 1));
-        gate[i] = {x.x, x.y};
+        sums[i] = {x.x, x.y};
       }
-      sync_chunk_warps(barrier);  // the lower halves go over it
     } else {
-      uint32_t const raw_words = high_words + static_cast<uint32_t>(panels.raw_gate - panels.gate);
-      static_for<kBlock>([&](auto i) { gate[i] = unpacked(load_word<kPanelRowBytes * i>(raw_words ^ (i & 7) << 4)); });
+      uint32_t const words = cute::cast_smem_ptr_to_uint(panels.raw_gate + half * kPanelBytes) + gate_words;
+      static_for<kBlock>([&](auto i) { sums[i] = unpacked(load_word<kPanelRowBytes * i>(words ^ (i & 7) << 4)); });
     }
-    before_scratch();
-    auto const put = [&](auto index, FloatPair sum) {
-      constexpr int i = decltype(index)::value;
-      uint32_t const x = __float_as_uint(sum.x), y = __float_as_uint(sum.y);
-      store_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4, __byte_perm(x, y, 0x7632));
-      store_word<128 * (i / 4)>(low_words ^ ((i & 3) << 5 | (i / 4 & 1) << 4), __byte_perm(x, y, 0x5410));
-    };
     float const start = dither(recomputed(lane));
     FloatPair before = {start, start}, after = before;  // of the first run minus its sum
     auto const sum_up = [&](auto whole) {
-      auto const inside = [&](int i) {
-        return decltype(whole)::value || i < tokens;
-      };  // the state must stand still behind it
-      static_for<kBlock / 2>([&](auto index) {
-        constexpr int i = kBlock / 2 - 1 - decltype(index)::value;
-        put(std::integral_constant<int, i>{}, before);
-        if (inside(i)) before.x -= x_decay(gate[i].x), before.y -= y_decay(gate[i].y);
-      });
-      static_for<kBlock / 2>([&](auto index) {
-        constexpr int i = kBlock / 2 + decltype(index)::value;
-        if (inside(i)) after.x += x_decay(gate[i].x), after.y += y_decay(gate[i].y);
-        put(std::integral_constant<int, i>{}, after);
-      });
+      auto const decay = [&](int i) {  // the state must stand still behind the end
+        bool const inside = decltype(whole)::value || i < tokens;
+        return inside ? FloatPair{x_decay(sums[i].x), y_decay(sums[i].y)} : FloatPair{0.f, 0.f};
+      };
+#pragma unroll
+      for (int i = kBlock / 2 - 1; i >= 0; --i) {
+        FloatPair const x = decay(i);
+        sums[i] = before;
+        before = {before.x - x.x, before.y - x.y};
+      }
+#pragma unroll
+      for (int i = kBlock / 2; i < kBlock; ++i) {
+        FloatPair const x = decay(i);
+        sums[i] = after = {after.x + x.x, after.y + x.y};
+      }
     };
     if (tokens >= kBlock)
       sum_up(std::true_type{});
     else
       sum_up(std::false_type{});
-    float const started = dither(recomputed(lane));
-    before = {started - before.x, started - before.y}, after = {after.x - started, after.y - started};
+    before = {start - before.x, start - before.y}, after = {after.x - start, after.y - start};
     tame = before.x >= kTame && before.y >= kTame && after.x >= kTame && after.y >= kTame;
     *reinterpret_cast<float2*>(&scratch.run[2 * block][channel]) = make_float2(before.x, before.y);
     *reinterpret_cast<float2*>(&scratch.run[2 * block + 1][channel]) = make_float2(after.x, after.y);
   }
-  before_keys();
-  if (tokens < kBlock) {  // the rows past the end are another sequence's
-    for (int i = max(tokens, 0); i < kBlock; ++i) {
-      uint32_t const word = panel_offset(kBlock * block + i, lane >> 2) + 4 * (lane & 3);
-      *reinterpret_cast<uint32_t*>(q_panel + word) = *reinterpret_cast<uint32_t*>(k_panel + word) = 0;
-    }
-    __syncwarp();
-  }
-  if (p.qk_l2norm)
-    store_square_sums(&scratch.square_sum[half][0][kBlock * block], &scratch.square_sum[half][1][kBlock * block],
-                      q_panel, k_panel, lane_offset, lane);
+  scale();
   tame = sync_chunk_warps_and(barrier, tame);
   if (!tame) {  // the runs again, of clamped log decays: differences of the sums
+    before_scratch();
     float const start = dither(recomputed(lane));
     float2 const total = *reinterpret_cast<float2 const*>(&scratch.run[2 * block][channel]);
     FloatPair last = {start - total.x, start - total.y}, run = {0.f, 0.f};
-    static_for<kBlock>([&](auto i) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
       if (i == kBlock / 2) {
         *reinterpret_cast<float2*>(&scratch.clamped_run[2 * block][channel]) = make_float2(run.x, run.y);
         last = {start, start}, run = {0.f, 0.f};
       }
-      FloatPair const sum = load_sum(i);
-      run.x += fmaxf(sum.x - last.x, kClamp), run.y += fmaxf(sum.y - last.y, kClamp);
-      last = sum;
-    });
+      run.x += fmaxf(sums[i].x - last.x, kClamp), run.y += fmaxf(sums[i].y - last.y, kClamp);
+      last = sums[i];
+    }
     *reinterpret_cast<float2*>(&scratch.clamped_run[2 * block + 1][channel]) = make_float2(run.x, run.y);
     sync_chunk_warps(barrier);
   }
 
-  // ---- norms and beta of the lane's tokens; decays of whole blocks
-  float q_scale[2], k_scale[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    bool const valid = row + 8 * h < tokens;
-    auto const inverse_norm = [&](int which) {
-      return p.qk_l2norm ? rsqrt_approx(scratch.square_sum[0][which][token + 8 * h] +
-                                        scratch.square_sum[1][which][token + 8 * h] + 1e-6f)
-                         : 1.f;
-    };
-    float const beta = valid ? raw_beta.value(p, h) : 0.f, k_inverse = valid ? inverse_norm(1) : 1.f;
-    q_scale[h] = valid ? inverse_norm(0) * p.scale : 0.f;
-    k_scale[h] = -(beta * k_inverse) * k_inverse;
-    if (half == 0 && column == 0) factors.beta[ChunkFactors::index(token + 8 * h)] = beta * k_inverse;
-  }
+  // ---- decays of whole blocks
   {
     FloatPair run[2 * kBlocks];
 #pragma unroll
@@ -539,7 +533,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
     float const start = dither(recomputed(lane));
     auto const put = [&](int which, FloatPair sum, float more) {
       sum = {sum.x + more, sum.y + more};
-      *reinterpret_cast<float2*>(&scratch.decay[which][channel]) =
+      *reinterpret_cast<float2*>(&scratch.decay[which][ChunkFactors::index(channel)]) =
           tame ? make_float2(exp2_approx(sum.x), exp2_approx(sum.y)) : make_float2(sum.x, sum.y);
     };
     put(FactorScratch::kToStart + block, over(0, 2 * block + 1), -start);
@@ -561,9 +555,32 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
     for (int i = 1; i < kBlocks; ++i)
       if (i > block) put(FactorScratch::kToRows + below_index(i, block), over(2 * block + 1, 2 * i + 1), 0.f);
   }
+
+  // ---- the sums again, for other lanes: upper halves over the gate, lower ones where row factors go
+  before_scratch();
+  char* const low = reinterpret_cast<char*>(scratch.low[block][kHalfSteps * half]);
+  {
+    // Of the lower halves the word at ^ (i % 4) << 5 ^ (i / 4 % 2) << 4, + 128 (i / 4).
+    uint32_t const high_words = cute::cast_smem_ptr_to_uint(gate_panel) + gate_words;
+    uint32_t const low_words =
+        cute::cast_smem_ptr_to_uint(low) + FactorScratch::low_offset(0, lane >> 2) + ((lane & 3) << 2);
+    static_for<kBlock>([&](auto i) {
+      uint32_t const x = __float_as_uint(sums[i].x), y = __float_as_uint(sums[i].y);
+      store_word<kPanelRowBytes * i>(high_words ^ (i & 7) << 4, __byte_perm(x, y, 0x7632));
+      store_word<128 * (i / 4)>(low_words ^ ((i & 3) << 5 | (i / 4 & 1) << 4), __byte_perm(x, y, 0x5410));
+    });
+  }
+  if (tokens < kBlock) {  // the rows past the end are another sequence's
+    for (int i = max(tokens, 0); i < kBlock; ++i) {
+      uint32_t const word = panel_offset(kBlock * block + i, lane >> 2) + 4 * (lane & 3);
+      *reinterpret_cast<uint32_t*>(q_panel + word) = *reinterpret_cast<uint32_t*>(k_panel + word) = 0;
+    }
+  }
   __syncwarp();
 
   // ---- factors, and the products of the diagonal blocks over this half of the channels
+  float const q_scale[2] = {scratch.q_scale[token], scratch.q_scale[token + 8]};
+  float const k_scale[2] = {scratch.k_scale[token], scratch.k_scale[token + 8]};
   q_product = k_product = Product{};
   {
     auto const all_steps = [&](auto tame_constant) {
@@ -599,12 +616,8 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
         }
         // Of the channels of pair e.
         auto const load_decays = [&](FloatPair(&values)[2], int which) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            float2 const x =
-                *reinterpret_cast<float2 const*>(&scratch.decay[which][64 * half + 16 * s + 8 * n + column]);
-            values[n] = {x.x, x.y};
-          }
+          float4 const x = *reinterpret_cast<float4 const*>(&scratch.decay[which][64 * half + 16 * s + 2 * column]);
+          values[0] = {x.x, x.y}, values[1] = {x.z, x.w};
         };
         auto const exp2_pair = [](FloatPair x) { return FloatPair{exp2_approx(x.x), exp2_approx(x.y)}; };
         auto const plus = [](FloatPair a, FloatPair b) { return FloatPair{a.x + b.x, a.y + b.y}; };
@@ -673,7 +686,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
 
 __device__ __forceinline__ void store_diagonal_parts(SolveScratch& scratch, Product const& q_product,
                                                      Product const& k_product, int warp, int lane) {
-  int const slot = 32 * (warp % kBlocks) + lane, half = warp / kBlocks;
+  int const slot = 32 * factor_block(warp) + lane, half = warp / kBlocks;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     auto const whole = [&](Product const& p) { return make_float4(p.d[n][0], p.d[n][1], p.d[n][2], p.d[n][3]); };
@@ -701,18 +714,24 @@ struct SolveRole {
 
 __device__ __forceinline__ void multiply_below(Product (&below)[2], SolveRole const& role, FactorScratch const& scratch,
                                                int lane) {
+  Fragment const* const rows_of = role.of_q ? scratch.low[role.row] : scratch.k_rows[role.row - 1];
+  auto const* const columns_of = &scratch.columns[below_index(role.row, role.column)];
+  auto const multiply_all = [&](auto count) {
 #pragma unroll 4
-  for (int s = 0; s < kSteps; ++s) {
-    uint32_t rows[4], columns[4];
-    load_fragment(rows, role.of_q ? scratch.low[role.row][s] : scratch.k_rows[role.row - 1][s], lane);
+    for (int s = 0; s < kSteps; ++s) {
+      uint32_t rows[4], columns[4];
+      load_fragment(rows, rows_of[s], lane);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      if (n < role.count) {
-        load_fragment(columns, scratch.columns[below_index(role.row, role.column) + n][s], lane);
+      for (int n = 0; n < count; ++n) {
+        load_fragment(columns, columns_of[n][s], lane);
         multiply(below[n], rows, columns);
       }
     }
-  }
+  };
+  if (role.count == 1)
+    multiply_all(std::integral_constant<int, 1>{});
+  else
+    multiply_all(std::integral_constant<int, 2>{});
 }
 
 // The second step, given the products below the diagonal: T~ and Aqk~. scratch.diagonal_parts is there already. The

@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         p.chunk, pipe, warp - 8, lane, [&](int n) -> FactorStage& { return smem.stages[n % kStages]; });
   }
 
-  // By a warp: finds the n-th chunk of this CTA and asks for its gate.
-  auto const request_first = [&](int n) {
+  // By a warp: finds the n-th chunk of this CTA.
+  auto const find = [&](int n) {
     int const stage = n % kStages;
     ChunkWalk walk = smem.walk;
     while (walk.chunk >= walk.chunks && walk.chain < chains) {  // on to the next chain that has a chunk
@@ -146,11 +146,15 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     if (lane == 0) {
       smem.walk = walk;
       smem.chains[stage] = walk.chain < chains ? walk.chain : -1;
-      request_gate<kFp32Gate>(p.chunk, pipe, smem.stages[stage], n, at);
+      pipe.places[stage] = at;
     }
     __syncwarp();
   };
-  // Likewise: asks for the rest, once the stage is empty.
+  auto const request_first = [&](int n) {
+    if (lane == 0) request_gate<kFp32Gate>(p.chunk, pipe, smem.stages[n % kStages], n);
+    __syncwarp();
+  };
+  // By a warp: asks for the rest, once the stage is empty.
   auto const request_rest = [&](int n) {
     int const stage = n % kStages;
     ChunkPlace const at = pipe.places[stage];
@@ -186,10 +190,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   int const warpgroup = warp / 4;
   SolvePanels const solved = {smem.t, smem.a_qk};
   StateLanes const lanes(kValueTile * warpgroup, warp % 4, lane);
+  auto const out_row = [](int lane) { return 8 * (lane / 16) + lane % 8 / 2 * 2 + lane / 8 % 2; };  // no banks meet
   float s[64];
   bool const requests = warp == 7;
   int n = 0;
   if (requests) {
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) find(i);  // both places, before any of the others learns of the first
 #pragma unroll 1
     for (int i = 0; i < kStages; ++i) {
       request_first(i);
@@ -207,7 +214,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     int64_t tokens = live_length(sequences, p.state, seq);
     lanes.load_initial(s, p.state, initial_offset(p.state, seq, head));
     bf16* out = p.out.data + p.out.stride_batch * sequences.batch(seq) + p.out.stride_head * head +
-                p.out.stride_token * (sequences.first_token(seq) + lane / 2) + kValueTile * warpgroup +
+                p.out.stride_token * (sequences.first_token(seq) + out_row(lane)) + kValueTile * warpgroup +
                 16 * (warp % 4) + 8 * (lane % 2);
 #pragma unroll 1
     for (; tokens > 0; tokens -= kChunk, ++n) {
@@ -215,15 +222,20 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       auto& x = smem.stages[stage];
       ChunkFactors const& factors = pipe.factors[stage];
       EmptyBarrier::wait(&pipe.ready[stage], phase);
-      solve_chunk(pipe, solved, warp, lane, [&] {
-        if constexpr (kFp32Gate) {  // the next chunk's goes where the factors just read were
-          if (requests && lane == 0 && pipe.places[stage ^ 1].tokens > 0) {
-            EmptyBarrier::wait(&pipe.multiplied, n & 1);
-            request_fp32_gate(stage ^ 1);
-          }
-          __syncwarp();
-        }
-      });
+      solve_chunk(
+          pipe, solved, warp, lane,
+          [&] {
+            if constexpr (kFp32Gate) {  // the next chunk's goes where the factors just read were
+              if (requests && lane == 0 && pipe.places[stage ^ 1].tokens > 0) {
+                EmptyBarrier::wait(&pipe.multiplied, n & 1);
+                request_fp32_gate(stage ^ 1);
+              }
+              __syncwarp();
+            }
+          },
+          [&] {
+            if (requests) find(n + kStages);
+          });
       TransactionBarrier::wait(&pipe.loaded[stage], phase);  // the values
       uint32_t s_operand[32], operand[16];
       {  // W^T = beta V^T - S^T (beta K e^G)^T, the values being the accumulator's seed
@@ -274,12 +286,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         lanes.store_output<2 * half>(x.v[warpgroup], o_packed);
       });
       __syncwarp();
+      int const here = recomputed(lane);
 #pragma unroll
       for (int j = 0; j < 4; ++j, out += 16 * p.out.stride_token) {
-        int const token = lane / 2 + 16 * j;
+        int const token = out_row(here) + 16 * j;
         if (token < tokens)
           *reinterpret_cast<uint4*>(out) =
-              *reinterpret_cast<uint4 const*>(x.v[warpgroup] + panel_offset(token, 2 * (warp % 4) + lane % 2));
+              *reinterpret_cast<uint4 const*>(x.v[warpgroup] + panel_offset(token, 2 * (warp % 4) + here % 2));
       }
       cutlass::arch::fence_view_async_shared();  // the next values come over what was written here
       EmptyBarrier::arrive(&pipe.empty[stage]);

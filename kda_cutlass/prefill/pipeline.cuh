@@ -44,12 +44,11 @@ __device__ __forceinline__ FactorPanels panels_of(FactorStage& stage) {
   return {stage.k_decayed[0], stage.k_decayed[0], stage.q_decayed[0], stage.k_remaining[0]};
 }
 
-// By one thread: the n-th chunk of this CTA is this one. Requests its gate; an fp32 one comes by itself.
+// By one thread: requests the gate of the n-th chunk of this CTA; an fp32 one comes by itself.
 template <bool kFp32Gate>
-__device__ __forceinline__ void request_gate(ChunkParams const& p, Pipeline& pipe, FactorStage& stage, int n,
-                                             ChunkPlace const& at) {
+__device__ __forceinline__ void request_gate(ChunkParams const& p, Pipeline& pipe, FactorStage& stage, int n) {
+  ChunkPlace const at = pipe.places[n % kStages];
   uint64_t* const loaded = &pipe.gate_loaded[n % kStages];
-  pipe.places[n % kStages] = at;
   if (at.tokens == 0) {
     EmptyBarrier::arrive(loaded);
     return;
@@ -62,6 +61,13 @@ __device__ __forceinline__ void request_gate(ChunkParams const& p, Pipeline& pip
 template <Gate kGate, bool kFp32Gate, int kUnroll, class F>
 __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline& pipe, int warp, int lane,
                                                  F&& stage_of) {
+  RawBeta beta;  // of the next chunk, of the warps that scale k
+  auto const load_beta = [&](int n) {
+    beta = {};
+    if (warp >= kBlocks) beta.load(p, pipe.places[n % kStages], warp % kBlocks, lane);
+  };
+  TransactionBarrier::wait(&pipe.gate_loaded[0], 0);
+  load_beta(0);
 #pragma unroll 1
   for (int n = 0;; ++n) {
     int const s = n % kStages;
@@ -69,28 +75,39 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
     ChunkPlace const at = pipe.places[s];
     if (at.tokens == 0) break;
     Product q_product, k_product;
+    FactorPanels const panels = panels_of(stage_of(n));
     make_factors<kGate, kFp32Gate, kUnroll>(
-        q_product, k_product, p, at, panels_of(stage_of(n)), pipe.factor_scratch, pipe.factors[s], kFactorBarrier,
-        recomputed(warp), recomputed(lane), [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); },
-        [&] { TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1); });
-    EmptyBarrier::wait(&pipe.solved, (n & 1) ^ 1);
+        q_product, k_product, p, at, panels, pipe.factor_scratch, pipe.factors[s], kFactorBarrier, recomputed(warp),
+        recomputed(lane),
+        [&] {
+          TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1);
+          int const warp_here = recomputed(warp), lane_here = recomputed(lane);
+          if (warp_here < kBlocks)
+            scale_queries(pipe.factor_scratch, p, at, panels.q, warp_here, lane_here);
+          else
+            scale_keys(pipe.factor_scratch, pipe.factors[s], p, at, panels.k, beta, warp_here % kBlocks, lane_here);
+        },
+        [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); });
+    EmptyBarrier::wait(&pipe.solved, (n & 1) ^ 1);  // and the place of the next chunk is there
+    load_beta(n + 1);
     store_diagonal_parts(pipe.solve_scratch, q_product, k_product, warp, lane);
     cutlass::arch::fence_view_async_shared();
     EmptyBarrier::arrive(&pipe.ready[s]);
   }
 }
 
-// The other warps' part in the n-th chunk, once it is ready: T~ and Aqk~. `read()` is called once all factors of the
-// pairs are read.
-template <class F>
-__device__ __forceinline__ void solve_chunk(Pipeline& pipe, SolvePanels const& panels, int warp, int lane, F&& read) {
+// The other warps' part in a chunk, once it is ready: T~ and Aqk~. `read()` is called once all factors of the pairs are
+// read; the warps of Aqk, who have less to do, call `meanwhile()`.
+template <class F, class G>
+__device__ __forceinline__ void solve_chunk(Pipeline& pipe, SolvePanels const& panels, int warp, int lane, F&& read,
+                                            G&& meanwhile) {
   SolveRole const role(recomputed(warp));
   lane = recomputed(lane);
   Product below[2];
   multiply_below(below, role, pipe.factor_scratch, lane);
   EmptyBarrier::arrive(&pipe.multiplied);
   read();
-  solve(panels, pipe.solve_scratch, below, role, kSolveBarrier, lane, [] {});
+  solve(panels, pipe.solve_scratch, below, role, kSolveBarrier, lane, meanwhile);
   cutlass::arch::fence_view_async_shared();
   sync_chunk_warps(kSolveBarrier);
   EmptyBarrier::arrive(&pipe.solved);

@@ -68,18 +68,28 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
                      at.head);
       request_keys(p.chunk, at, &smem.loaded, panels);
     }
+    int const block = warp % kBlocks;
+    bool const of_q = warp < kBlocks;
+    RawBeta beta;
+    if (!of_q) beta.load(p.chunk, at, block, lane);
     TransactionBarrier::wait(&smem.loaded, phase);
     phase ^= 1;
     Product q_product, k_product, below[2];
     make_factors<kGate, kFp32Gate, kHalfSteps>(
-        q_product, k_product, p.chunk, at, panels, smem.factor_scratch, smem.factors, 1, warp, lane, [] {}, [] {});
+        q_product, k_product, p.chunk, at, panels, smem.factor_scratch, smem.factors, 1, warp, lane,
+        [&] {
+          if (of_q)
+            scale_queries(smem.factor_scratch, p.chunk, at, panels.q, block, lane);
+          else
+            scale_keys(smem.factor_scratch, smem.factors, p.chunk, at, panels.k, beta, block, lane);
+        },
+        [] {});
     __syncthreads();
     SolveRole const role(warp);
     multiply_below(below, role, smem.factor_scratch, lane);
     __syncthreads();
     store_diagonal_parts(smem.solve_scratch, q_product, k_product, warp, lane);
-    int const i = warp % kBlocks;
-    for (int j = i + 1; j < kBlocks; ++j) store_to_panel(smem.solved[warp / kBlocks], i, j, Product{}, lane);
+    for (int j = block + 1; j < kBlocks; ++j) store_to_panel(smem.solved[of_q ? 0 : 1], block, j, Product{}, lane);
     __syncthreads();
     solve(solved, smem.solve_scratch, below, role, 1, lane, [] {});
     cutlass::arch::fence_view_async_shared();

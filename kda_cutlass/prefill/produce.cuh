@@ -78,9 +78,11 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
   SolvePanels const solved = {smem.solved[0], smem.solved[1]};
   bool const leads = warp == kBlocks + 1 && lane == 0;  // a warp with less to do
   StepPlace next(deal, share);
-  auto const request_gate = [&](int steps) {
+  auto const find_next = [&](int steps) {
     next.advance(deal, steps);
     smem.place = next.at;
+  };
+  auto const request_gate = [&] {
     if (next.at.tokens == 0) return EmptyBarrier::arrive(&smem.gate_loaded);
     TransactionBarrier::arrive_and_expect_tx(&smem.gate_loaded, kGateBytes<kFp32Gate>);
     request_panels(p.g_map, &smem.gate_loaded, kFp32Gate ? smem.factor_scratch.fp32_gate[0] : panels.raw_gate, next.at,
@@ -92,7 +94,8 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
     request_keys(p, next.at, &smem.keys_loaded, panels);
   };
   if (leads) {
-    request_gate(0);
+    find_next(0);
+    request_gate();
     request_rest();
   }
   int untold = -1;  // the step whose record has left without its walker's knowing
@@ -105,6 +108,15 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
   };
   std::integral_constant<int, 0> constexpr kNone;
   std::integral_constant<int, 1> constexpr kOne;
+  RawBeta beta;  // of the next step, of the warps that scale k
+  auto const load_beta = [&] {
+    if (warp >= kBlocks) {
+      beta = {};
+      beta.load(p, smem.place, warp % kBlocks, lane);
+    }
+  };
+  TransactionBarrier::wait(&smem.gate_loaded, 0);
+  load_beta();
   int phase = 0;
 #pragma unroll 1
   for (int step = share.first;; step += share.stride, phase ^= 1) {
@@ -114,8 +126,15 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
     Product q_product, k_product, below[2];
     make_factors<kGate, kFp32Gate, kHalfSteps>(
         q_product, k_product, p, at, panels, smem.factor_scratch, smem.factors, barrier, recomputed(warp),
-        recomputed(lane), [&] { EmptyBarrier::wait(&smem.stored, phase ^ 1); },
-        [&] { TransactionBarrier::wait(&smem.keys_loaded, phase); });
+        recomputed(lane),
+        [&] {
+          TransactionBarrier::wait(&smem.keys_loaded, phase);
+          if (warp < kBlocks)
+            scale_queries(smem.factor_scratch, p, at, panels.q, warp, lane);
+          else
+            scale_keys(smem.factor_scratch, smem.factors, p, at, panels.k, beta, warp % kBlocks, lane);
+        },
+        [&] { EmptyBarrier::wait(&smem.stored, phase ^ 1); });
     cutlass::arch::fence_view_async_shared();
     sync_chunk_warps(barrier);
     Record& record = ring.records[ring.slot(share.walker, step)];
@@ -142,8 +161,9 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
     sync_chunk_warps(barrier);
     solve(solved, smem.solve_scratch, below, role, barrier, lane, [&] {
       if (leads) {
+        find_next(share.stride);
         if constexpr (!kFp32Gate) {
-          request_gate(share.stride);
+          request_gate();
           cute::tma_store_wait<0>();  // the operands are read
           request_rest();
         }
@@ -151,6 +171,7 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
       }
       __syncwarp();
     });
+    load_beta();
     cutlass::arch::fence_view_async_shared();
     sync_chunk_warps(barrier);
     if (leads) {
@@ -160,7 +181,7 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
       cute::tma_store_wait<0>();
       EmptyBarrier::arrive(&smem.stored);
       if constexpr (kFp32Gate) {  // whose gate takes the place of more than is free earlier
-        request_gate(share.stride);
+        request_gate();
         request_rest();
       }
     }
