@@ -455,6 +455,39 @@ def test_state_carries_a_sequence_on(kernel, p):
     assert relative_error(final, state) <= 1.5 * p.tol_s  # two calls round twice
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", GATES)
+def test_the_short_way_to_the_kernel_is_the_checked_one(kernel, monkeypatch, gate):
+    """`prefill.attempt` takes a call as it comes, to the same bits; what it cannot take goes the checked way."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    attempt, taken = kernel.prefill.attempt, []
+
+    def watched(*args):
+        result = attempt(*args)
+        taken.append(result is not None)
+        return result
+
+    monkeypatch.setattr(kernel.prefill, "attempt", watched)
+    args = make(KERNEL, T=130, H=1, HV=2, gate=gate)
+    state = make_state(KERNEL, args)
+    calls = [
+        (True, args),
+        (True, {**args, "initial_state": state, "scale": 0.5, "state_v_first": True}),
+        (True, {**args, "cu_seqlens": lengths_to_cu([30, 0, 100], "cuda"), "output_final_state": False}),
+        (False, {**args, "scale": 1}),
+        (False, {**args, "beta": args["beta"].double()}),
+        (False, {**args, **{n: args[n][:, :0] for n in ("q", "k", "v", "g", "beta")}}),
+    ]
+    for short, call in calls:
+        o, final = kernel.chunk_kda(**call)
+        assert taken.pop() == short and not taken
+        with monkeypatch.context() as without:
+            without.setattr(kernel.prefill, "attempt", lambda *_: None)
+            expected_o, expected = kernel.chunk_kda(**call)
+        assert torch.equal(o, expected_o)
+        assert final is None and expected is None or torch.equal(final, expected)
+
+
 # --- fused_recurrent_kda
 
 

@@ -121,6 +121,29 @@ def chunk_kda(
         raise NotImplementedError("return_intermediate_states: not supported, expected False")
     if chunk_size not in (32, 64):
         raise ValueError(f"chunk_size: expected 32 or 64, got {chunk_size}")
+    if prefill.AVAILABLE and cu_seqlens_cpu is None and not use_graph and not torch.compiler.is_compiling():
+        result = prefill.attempt(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            A_log,
+            dt_bias,
+            scale,
+            initial_state,
+            output_final_state,
+            use_qk_l2norm_in_kernel,
+            use_gate_in_kernel,
+            use_beta_sigmoid_in_kernel,
+            allow_neg_eigval,
+            safe_gate,
+            lower_bound,
+            state_v_first,
+            cu_seqlens,
+        )
+        if result is not None:
+            return result
     call = check_call(
         q,
         k,

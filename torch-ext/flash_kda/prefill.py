@@ -5,10 +5,17 @@ Builds without CUDA have no such op; ``AVAILABLE`` says so and :func:`run` is ne
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
+import os
+
 import torch
 
 from ._ops import add_op_namespace_prefix, ops
 from .contract import STATE_FLOATS, Call, PrefillStates, as_parameter
+
+logger = logging.getLogger("flash_kda")
 
 HEAD_DIM = 128
 CHUNK = 64
@@ -24,6 +31,7 @@ WORKSPACE_ALIGNMENT = 256  # bytes
 
 AVAILABLE = hasattr(ops, "prefill")
 if AVAILABLE:
+    _op = ops.prefill.default
 
     @torch.library.register_fake(add_op_namespace_prefix("prefill"))
     def _(*args) -> None:
@@ -36,6 +44,98 @@ def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int
     slot_bytes = value_heads * RECORD_BYTES
     fixed = FLAG_BYTES + 2 * value_heads * STATE_BYTES
     return min(slots, max(1, (WORKSPACE_LIMIT - fixed) // slot_bytes)) * slot_bytes + fixed
+
+
+@functools.lru_cache(maxsize=None)
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def attempt(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    A_log,
+    dt_bias,
+    scale,
+    initial_state,
+    output_final_state,
+    use_qk_l2norm_in_kernel,
+    use_gate_in_kernel,
+    use_beta_sigmoid_in_kernel,
+    allow_neg_eigval,
+    safe_gate,
+    lower_bound,
+    state_v_first,
+    cu_seqlens,
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Runs a call of :func:`flash_kda.chunk_kda` that needs no preparation, or returns None and has written nothing.
+
+    The op checks shapes, dtypes, devices, strides and addresses; here stands what it does not ask. Half of the host's time of the
+    checked way.
+    """
+    try:
+        if q.dtype is not torch.bfloat16 or not q.is_cuda or not _is_hopper(q.device):
+            return None
+        if torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q, k, v, g, beta, A_log, dt_bias, initial_state)
+        ):
+            return None
+        if not (scale is None or (type(scale) is float and math.isfinite(scale))):
+            return None
+        if "FLASH_KDA_VALIDATE" in os.environ or (allow_neg_eigval and not use_beta_sigmoid_in_kernel):
+            return None
+        B, T, _, K = q.shape
+        HV = v.shape[2]
+        if use_gate_in_kernel:
+            if lower_bound is None:
+                if safe_gate:
+                    return None
+            elif type(lower_bound) is not float or not -math.inf < lower_bound < 0:
+                return None
+            if dt_bias is not None and dt_bias.dim() == 1:
+                dt_bias = dt_bias.view(HV, K)
+        elif lower_bound is not None:
+            return None
+        else:
+            A_log = dt_bias = None
+        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if B * T * N == 0:
+            return None
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        final_state = None
+        if output_final_state:
+            final_state = torch.empty((N, HV, K, K), dtype=torch.float32, device=v.device)
+        size = workspace_size(B, T, N, HV, cu_seqlens is not None)
+        workspace = torch.empty(size, dtype=torch.uint8, device=v.device)
+        _op(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            A_log,
+            dt_bias,
+            initial_state,
+            cu_seqlens,
+            out,
+            final_state,
+            workspace,
+            K**-0.5 if scale is None else scale,
+            lower_bound,
+            use_gate_in_kernel,
+            use_qk_l2norm_in_kernel,
+            use_beta_sigmoid_in_kernel,
+            allow_neg_eigval,
+            state_v_first,
+        )
+    except Exception:  # whatever it was, the checked way meets it again and names it
+        return None
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("cuda prefill: every condition of the kernel holds")
+    return out, final_state
 
 
 def run(
