@@ -426,8 +426,9 @@ __device__ __forceinline__ bool sync_chunk_warps_and(int barrier, bool vote) {
 __device__ __forceinline__ int factor_block(int warp) { return warp < kBlocks ? warp : 2 * kBlocks - 1 - warp; }
 
 // The first step: panels and scratch.low, k_rows and columns. `warp` is 0 to 7; the gate is there already. Returns the
-// warp's parts of its diagonal block's products. All call `scale()`, so that once they all have the tokens' scales are
-// there, and q and k; and `before_scratch()` before anything is written that the other step reads.
+// warp's parts of its diagonal block's products. All call `scale()`, which returns when no warp reads the chunk before any
+// more, and once all have called it q, k and the tokens' scales are there; and `before_scratch()` before anything is
+// written that the other step reads.
 template <Gate kGate, bool kFp32Gate, int kUnroll, class F, class G>
 __device__ __forceinline__ void make_factors(Product& q_product, Product& k_product, ChunkParams const& p,
                                              ChunkPlace at, FactorPanels const& panels, FactorScratch& scratch,
@@ -491,10 +492,10 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
       sum_up(std::false_type{});
     before = {start - before.x, start - before.y}, after = {after.x - start, after.y - start};
     tame = before.x >= kTame && before.y >= kTame && after.x >= kTame && after.y >= kTame;
+    scale();
     *reinterpret_cast<float2*>(&scratch.run[2 * block][channel]) = make_float2(before.x, before.y);
     *reinterpret_cast<float2*>(&scratch.run[2 * block + 1][channel]) = make_float2(after.x, after.y);
   }
-  scale();
   tame = sync_chunk_warps_and(barrier, tame);
   if (!tame) {  // the runs again, of clamped log decays: differences of the sums
     before_scratch();

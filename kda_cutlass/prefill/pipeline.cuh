@@ -74,12 +74,16 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
     TransactionBarrier::wait(&pipe.gate_loaded[s], n / kStages & 1);
     ChunkPlace const at = pipe.places[s];
     if (at.tokens == 0) break;
+    // Until all warps are done with the chunk before.
+    auto const wait_for_all = [&] { EmptyBarrier::wait(&pipe.ready[s ^ 1], ((n + 1) / kStages & 1) ^ 1); };
+    if constexpr (kFp32Gate) wait_for_all();  // it came after that, by a detour that racecheck does not follow
     Product q_product, k_product;
     FactorPanels const panels = panels_of(stage_of(n));
     make_factors<kGate, kFp32Gate, kUnroll>(
         q_product, k_product, p, at, panels, pipe.factor_scratch, pipe.factors[s], kFactorBarrier, recomputed(warp),
         recomputed(lane),
         [&] {
+          wait_for_all();  // the runs and scales of the chunk before lie where this one's go
           TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1);
           int const warp_here = recomputed(warp), lane_here = recomputed(lane);
           if (warp_here < kBlocks)
