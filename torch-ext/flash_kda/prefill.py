@@ -73,8 +73,8 @@ def attempt(
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Runs a call of :func:`flash_kda.chunk_kda` that needs no preparation, or returns None and has written nothing.
 
-    The op checks shapes, dtypes, devices, strides and addresses; here stands what it does not ask. Half of the host's time of the
-    checked way.
+    The op checks shapes, dtypes, devices, strides and addresses; here stands what it does not ask. That takes the host
+    half of the time of the checked way.
     """
     try:
         if q.dtype is not torch.bfloat16 or not q.is_cuda or not _is_hopper(q.device):
