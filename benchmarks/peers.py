@@ -39,6 +39,43 @@ def load_fla():
     return chunk_kda, importlib.metadata.version("fla-core")
 
 
+def load_cudnn():
+    """cuDNN frontend's fused Hopper KDA behind `chunk_kda`'s arguments, as :func:`cudnn_inputs` gives them, and its
+    version; or (None, None) where nvidia-cudnn-frontend is not installed."""
+    try:
+        from cudnn.linear_attention.ops import kimi_delta_attention
+    except ImportError:
+        return None, None
+
+    def chunk_kda(q, k, v, g, beta, *, cu_seqlens, use_gate_in_kernel=False, lower_bound=None, **options):
+        gate = {}
+        if use_gate_in_kernel:
+            bias = options["dt_bias"].reshape(v.shape[2], -1)
+            gate = {"safe_gate": True, "gate_lower_bound": lower_bound, "a_log": options["A_log"], "dt_bias": bias}
+        o, state = kimi_delta_attention(
+            q[0],
+            k[0],
+            v[0],
+            g[0],
+            beta[0],
+            cu_seqlens,
+            output_final_state=options["output_final_state"],
+            use_qk_l2norm_in_kernel=options["use_qk_l2norm_in_kernel"],
+            use_beta_sigmoid_in_kernel=options["use_beta_sigmoid_in_kernel"],
+            **gate,
+        )
+        return o[None], state.transpose(-1, -2)  # V-first
+
+    return chunk_kda, importlib.metadata.version("nvidia-cudnn-frontend")
+
+
+def cudnn_inputs(inputs: dict) -> dict:
+    """`inputs` as cuDNN's kernel reads them, fp32 gate and beta: it would convert others in every call."""
+    tokens, device = inputs["q"].shape[1], inputs["q"].device
+    lengths = inputs.get("cu_seqlens", torch.tensor([0, tokens], device=device)).to(torch.int32)
+    return inputs | {"g": inputs["g"].float(), "beta": inputs["beta"].float(), "cu_seqlens": lengths}
+
+
 def fla_variants(cells: list[Cell]) -> list[Cell]:
     """One cell for each set of kernels FLA has: it keys them by head count, gate and packing, not by regime."""
     seen = {(c.row.heads, c.row.hv, c.row.packed, c.gate, c.bounded, c.g_dtype): c for c in cells}

@@ -27,7 +27,7 @@ import record as records
 import reference
 import torch
 from console import number, progress, say, table
-from peers import compile_fla, fla_jobs, fla_variants, load_fla, load_ours, tune_fla
+from peers import compile_fla, cudnn_inputs, fla_jobs, fla_variants, load_cudnn, load_fla, load_ours, tune_fla
 from timing import Arm, measure, measure_cpu, set_count, spread
 from workloads import CPU_ROWS, REGIMES, ROWS, Cell, Row, cells, make_inputs, select_rows
 
@@ -52,14 +52,16 @@ def peer_error(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def run_cell(cell: Cell, ours, fla, options) -> dict:
-    """Measure one cell and return its row of the record. `fla` may be None."""
+def run_cell(cell: Cell, ours, fla, options, cudnn=None) -> dict:
+    """Measure one cell and return its row of the record. `fla` and `cudnn` may be None."""
     row, device = cell.row, options.device
     sets = [make_inputs(cell, device, seed) for seed in range(set_count(row.bytes, device))]
     if row.packed:
         # A model's layers share one cu_seqlens, and FLA keeps what it derives from the last few it saw.
         sets = [inputs | {"cu_seqlens": sets[0]["cu_seqlens"]} for inputs in sets]
     arms = [Arm("ours", ours.chunk_kda, sets)] + ([Arm("fla", fla, sets)] if fla else [])
+    if cudnn and cell.gate != "softplus":  # which it has not
+        arms.append(Arm("cudnn", cudnn, [cudnn_inputs(inputs) for inputs in sets]))
 
     result = {
         "H": row.heads,
@@ -73,7 +75,7 @@ def run_cell(cell: Cell, ours, fla, options) -> dict:
     if max(row.seq_lens) <= ERROR_TOKENS and options.errors:
         heads = reference.spread_heads(row.hv, ERROR_HEADS)
         expected = reference.chunk_kda(**sets[0], heads=heads)
-        found = {arm.name: errors(arm.call, sets[0], expected, heads) for arm in arms}
+        found = {arm.name: errors(arm.call, arm.sets[0], expected, heads) for arm in arms}
         del expected
 
     for arm in arms:
@@ -85,7 +87,7 @@ def run_cell(cell: Cell, ours, fla, options) -> dict:
                 # FLA may read lengths on the host, which no graph takes; its eager time stands alone then.
                 if arm.name == "ours":
                     raise
-                say(f"  {cell.label}: FLA was not captured in a graph: {str(error).splitlines()[0]}")
+                say(f"  {cell.label}: {arm.name} was not captured in a graph: {str(error).splitlines()[0]}")
                 torch.cuda.synchronize()
     (measure if device.type == "cuda" else measure_cpu)(arms, options.repeats)
 
@@ -102,6 +104,11 @@ def run_cell(cell: Cell, ours, fla, options) -> dict:
         result["fla_ms_spread"] = spread(peer.eager_ms)
         result["fla_gpu_ms"] = statistics.median(peer.gpu_ms) if peer.gpu_ms else None
         result["fla_call_ms"] = statistics.median(peer.call_ms)
+    if cudnn:
+        peer = next((arm for arm in arms if arm.name == "cudnn"), None)
+        result["cudnn_ms"] = statistics.median(peer.eager_ms) if peer else None
+        result["cudnn_gpu_ms"] = statistics.median(peer.gpu_ms) if peer and peer.gpu_ms else None
+        result["cudnn_err_o"], result["cudnn_err_s"] = map(peer_error, found.get("cudnn", (None, None)))
     result["err_o"], result["err_s"] = found["ours"]
     result["fla_err_o"], result["fla_err_s"] = map(peer_error, found.get("fla", (None, None)))
     result["workspace_bytes"] = workspace_bytes(ours, row, device)
@@ -185,6 +192,7 @@ def times_table(rows: list[dict]) -> str:
         if row["gate"] != "given":
             shapes.setdefault((row["H"], tuple(row["seq_lens"])), {})[row["regime"]] = row
     lines = []
+    cudnn = [regime for regime in ("steep", "slow") if any(row.get("cudnn_gpu_ms") for row in rows)]
     for (heads, seq_lens), found in shapes.items():
         row = Row(heads, seq_lens)
         bounded = next((found[r] for r in REGIMES if r in found and r != "kimi"), {})
@@ -193,9 +201,12 @@ def times_table(rows: list[dict]) -> str:
             [str(heads), row.label]
             + [number(found.get(regime, {}).get("ms")) for regime in REGIMES]
             + [number(bounded.get("fla_ms")), number(found.get("kimi", {}).get("fla_ms"))]
+            + [number(found.get(regime, {}).get("cudnn_gpu_ms")) for regime in cudnn]
             + [number(max(x["call_ms"] for x in found.values())), " ".join(late) or "none"]
         )
-    return table(["H", "sequences", *REGIMES, "FLA", "FLA kimi", "call", "over reach in"], lines)
+    return table(
+        ["H", "sequences", *REGIMES, "FLA", "FLA kimi", *(f"cuDNN {r}" for r in cudnn), "call", "over reach in"], lines
+    )
 
 
 def given_table(rows: list[dict]) -> str:
@@ -245,7 +256,7 @@ def verdicts(rows: list[dict]) -> list[str]:
         ours, theirs = row[key], row[f"fla_{key}"]
         return ours is not None and (math.isnan(ours) or (theirs is not None and ours > theirs))
 
-    return [
+    found = [
         collect("slower than FLA", lambda r: r["fla_ms"] is not None and r["ms"] > r["fla_ms"]),
         collect("slower than FLA in a CUDA graph", lambda r: r["fla_gpu_ms"] is not None and r["ms"] > r["fla_gpu_ms"]),
         collect("eager slower than FLA", lambda r: r["fla_ms"] is not None and r["eager_ms"] > r["fla_ms"]),
@@ -253,6 +264,11 @@ def verdicts(rows: list[dict]) -> list[str]:
         collect("output less exact than FLA", lambda r: worse(r, "err_o")),
         collect("state less exact than FLA", lambda r: worse(r, "err_s")),
     ]
+    if any("cudnn_gpu_ms" in row for row in rows):
+        found.append(
+            collect("slower than cuDNN", lambda r: bool(r.get("cudnn_gpu_ms")) and r["ms"] > r["cudnn_gpu_ms"])
+        )
+    return found
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -268,6 +284,7 @@ def parse(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=9, help="interleaved samples a row (default 9)")
     parser.add_argument("--no-fla", dest="fla", action="store_false", help="leave FLA out")
+    parser.add_argument("--no-cudnn", dest="cudnn", action="store_false", help="leave cuDNN out where it is installed")
     parser.add_argument("--no-errors", dest="errors", action="store_false", help="leave the fp64 reference out")
     parser.add_argument(
         "--tests",
@@ -334,9 +351,17 @@ def main(argv=None) -> int:
     fla, fla_version = load_fla() if options.fla and options.device.type == "cuda" else (None, None)
     if options.fla and fla is None:
         say("FLA is not here (pip install fla-core==0.6.0, on a GPU): its columns stay empty")
+    cudnn, cudnn_version = load_cudnn() if options.cudnn and options.device.type == "cuda" else (None, None)
     plan = cells(options.rows, tuple(options.regimes), options.given)
     meta = environment(options.device, fla_version)
 
+    if cudnn:
+        try:  # it compiles at the first call, with a toolkit that may not be there
+            cudnn(**cudnn_inputs(make_inputs(Cell(Row(1, (64,)), "lower_bound", "slow"), options.device)))
+            meta["cudnn_frontend"] = cudnn_version
+        except Exception as error:
+            say(f"cuDNN is left out: {str(error).splitlines()[0]}")
+            cudnn = None
     meta |= {"tests": tests, "repeats": options.repeats, "error_heads": ERROR_HEADS}
     done = {}
     if options.resume is not None:
@@ -361,7 +386,7 @@ def main(argv=None) -> int:
                 tune_fla(fla, left, options.device, advance)
         with progress(len(left), "measured") as advance:
             for cell in left:
-                row = done[cell.label] = run_cell(cell, ours, fla, options)
+                row = done[cell.label] = run_cell(cell, ours, fla, options, cudnn)
                 if options.write:
                     part = records.write(record(), out, "prefill-part")
                 if options.device.type == "cuda":

@@ -1,10 +1,12 @@
 """The benchmarks' own machinery, on a CPU: gates, the fp64 reference, the record and what is made from it."""
 
+import argparse
 import json
 import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy
 import decode
+import peers
 import prefill
 import record as records
 import reference
@@ -279,9 +282,52 @@ def test_junit_counts(tmp_path):
     assert prefill.test_counts(junit) == {"passed": 4, "failed": 2, "skipped": 3}
 
 
+@pytest.mark.parametrize("gate, regime", [("lower_bound", "slow"), ("given", "steep"), ("softplus", "kimi")])
+@pytest.mark.parametrize("seq_lens", [(96,), (40, 24)], ids=str)
+def test_cudnn_is_an_arm_where_it_is_installed(monkeypatch, kernel, gate, regime, seq_lens):
+    """With a stand-in for cuDNN's function that takes what its documentation says: packed tokens, fp32 gate and beta, V-first states."""
+
+    def kimi_delta_attention(
+        q, k, v, g, beta, cu_seqlens, safe_gate=False, gate_lower_bound=None, a_log=None, **options
+    ):
+        assert g.dtype == beta.dtype == torch.float32 and cu_seqlens.dtype == torch.int32
+        dt_bias = options.pop("dt_bias", None)
+        if safe_gate:
+            assert dt_bias.shape == g.shape[1:]
+            options |= {"use_gate_in_kernel": True, "A_log": a_log, "dt_bias": dt_bias, "lower_bound": gate_lower_bound}
+        tensors = (x[None] for x in (q, k, v, g, beta))
+        o, state = kernel.chunk_kda(*tensors, cu_seqlens=cu_seqlens, state_v_first=True, **options)
+        return o[0], state
+
+    modules = {
+        name: types.ModuleType(name) for name in ("cudnn", "cudnn.linear_attention", "cudnn.linear_attention.ops")
+    }
+    modules["cudnn.linear_attention.ops"].kimi_delta_attention = kimi_delta_attention
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(peers.importlib.metadata, "version", lambda name: {"nvidia-cudnn-frontend": "1.32.0"}[name])
+    cudnn, version = peers.load_cudnn()
+    assert version == "1.32.0"
+    options = argparse.Namespace(device=CPU, errors=True, repeats=1)
+    row = prefill.run_cell(Cell(Row(2, seq_lens), gate, regime), kernel, None, options, cudnn)
+    keys = ("cudnn_gpu_ms", "cudnn_ms", "cudnn_err_o", "cudnn_err_s")
+    if gate == "softplus":
+        assert all(row[key] is None for key in keys)
+    else:
+        assert row["cudnn_gpu_ms"] > 0 and row["cudnn_ms"] > 0
+        assert 0 < row["cudnn_err_o"] < 5e-3 and 0 < row["cudnn_err_s"] < 5e-3
+        assert "cuDNN slow" in prefill.times_table([row | {"regime": "slow", "gate": "lower_bound"}])
+    assert not records.problems({"meta": dict.fromkeys(records.META), "rows": [row]})
+
+
+def test_without_cudnn_there_is_no_arm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    assert peers.load_cudnn() == (None, None)
+
+
 def test_verdicts_find_the_bad_rows():
     row = {"H": 32, "HV": 32, "seq_lens": [8192], "gate": "lower_bound", "regime": "slow", "g_dtype": "bf16"}
-    good = row | {"ms": 0.2, "eager_ms": 0.2, "fla_ms": 0.9, "fla_gpu_ms": 0.8, "reach_ms": 0.3}
+    good = row | {"ms": 0.2, "eager_ms": 0.2, "fla_ms": 0.9, "fla_gpu_ms": 0.8, "cudnn_gpu_ms": 0.5, "reach_ms": 0.3}
     good |= {"err_o": 2e-3, "fla_err_o": 4e-3, "err_s": 1e-3, "fla_err_s": 3e-3}
     assert all(line.split(": ")[1].startswith("0 of 1") for line in prefill.verdicts([good]))
     bad = good | {"ms": 1.0, "eager_ms": 1.0, "err_o": 5e-3, "err_s": float("nan")}
