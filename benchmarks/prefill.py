@@ -192,7 +192,7 @@ def times_table(rows: list[dict]) -> str:
         if row["gate"] != "given":
             shapes.setdefault((row["H"], tuple(row["seq_lens"])), {})[row["regime"]] = row
     lines = []
-    cudnn = [regime for regime in ("steep", "slow") if any(row.get("cudnn_gpu_ms") for row in rows)]
+    cudnn = ("steep", "slow") if any(row.get("cudnn_gpu_ms") for row in rows) else ()
     for (heads, seq_lens), found in shapes.items():
         row = Row(heads, seq_lens)
         bounded = next((found[r] for r in REGIMES if r in found and r != "kimi"), {})

@@ -153,7 +153,8 @@ template <bool kFp32Gate>
 constexpr int kGateBytes = (kFp32Gate ? 2 : 1) * kOperandBytes;
 constexpr int kKeyBytes = 2 * kOperandBytes;
 
-// beta of two tokens of a warp's block, lane / 4 and 8 after it, as it lies in memory.
+// For scale_tokens(), in the warps that do k there: beta of two tokens of a block, lane / 4 and 8 after it, as it lies in
+// memory.
 struct RawBeta {
   uint32_t bits[2] = {};
   __device__ __forceinline__ void load(ChunkParams const& p, ChunkPlace at, int block, int lane) {
@@ -301,6 +302,12 @@ __device__ __forceinline__ LeftOperand left_operand(Product const& p) {
   }
   return x;
 }
+__device__ __forceinline__ void mma_fp32(float (&d)[4], uint32_t const (&high)[4], uint32_t const (&low)[4], float y0,
+                                         float y1) {
+  mma_tf32(d, high, tf32_rest(y0), tf32_rest(y1));
+  mma_tf32(d, low, tf32_part(y0), tf32_part(y1));
+  mma_tf32(d, high, tf32_part(y0), tf32_part(y1));
+}
 // d += x * y, as exact as fp32 but for the products of the two low parts: with equal keys the merges below cancel
 // nearly everything, and what tf32 alone leaves behind would be as large as the rounding of T to bf16.
 __device__ __forceinline__ void multiply_fp32(Product& d, LeftOperand const& x, Block const& y, int lane) {
@@ -311,9 +318,7 @@ __device__ __forceinline__ void multiply_fp32(Product& d, LeftOperand const& x, 
     for (int n = 0; n < 2; ++n) {
       float const y0 = y[(8 * s + inner) * kBlockPitch + 8 * n + row];
       float const y1 = y[(8 * s + inner + 1) * kBlockPitch + 8 * n + row];
-      mma_tf32(d.d[n], x.high[s], tf32_rest(y0), tf32_rest(y1));
-      mma_tf32(d.d[n], x.low[s], tf32_part(y0), tf32_part(y1));
-      mma_tf32(d.d[n], x.high[s], tf32_part(y0), tf32_part(y1));
+      mma_fp32(d.d[n], x.high[s], x.low[s], y0, y1);
     }
 }
 
@@ -348,9 +353,7 @@ __device__ __forceinline__ void invert_diagonal(Block& a, int lane) {
   auto const multiply_half = [&](float (&d)[4], float2 x, float const* y) {
     uint32_t const high[4] = {tf32_part(x.x), 0, tf32_part(x.y), 0}, low[4] = {tf32_rest(x.x), 0, tf32_rest(x.y), 0};
     float const y0 = y[inner * kBlockPitch + row], y1 = y[(inner + 1) * kBlockPitch + row];
-    mma_tf32(d, high, tf32_rest(y0), tf32_rest(y1));
-    mma_tf32(d, low, tf32_part(y0), tf32_part(y1));
-    mma_tf32(d, high, tf32_part(y0), tf32_part(y1));
+    mma_fp32(d, high, low, y0, y1);
   };
   float left[4] = {}, merged[4] = {};
   multiply_half(left, *reinterpret_cast<float2 const*>(&lower[row * kBlockPitch + kHalf + inner]), lower);
@@ -406,6 +409,16 @@ __device__ __forceinline__ void scale_keys(FactorScratch& scratch, ChunkFactors&
     factors.beta[ChunkFactors::index(token)] = scaled;
     scratch.k_scale[token] = token < at.tokens ? -scaled * inverse : 0.f;
   });
+}
+
+// The scales of a chunk's tokens, by eight warps: the first four do q, the others k, whose beta they have.
+__device__ __forceinline__ void scale_tokens(FactorScratch& scratch, ChunkFactors& factors, ChunkParams const& p,
+                                             ChunkPlace at, FactorPanels const& panels, RawBeta const& beta, int warp,
+                                             int lane) {
+  if (warp < kBlocks)
+    scale_queries(scratch, p, at, panels.q, warp, lane);
+  else
+    scale_keys(scratch, factors, p, at, panels.k, beta, warp % kBlocks, lane);
 }
 
 // The named barrier of the eight warps that do a step.

@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   int const warpgroup = warp / 4;
   SolvePanels const solved = {smem.t, smem.a_qk};
   StateLanes const lanes(kValueTile * warpgroup, warp % 4, lane);
-  auto const out_row = [](int lane) { return 8 * (lane / 16) + lane % 8 / 2 * 2 + lane / 8 % 2; };  // no banks meet
+  // Of 16 tokens the one whose outputs a pair of lanes stores: eight lanes' reads from the panel meet in no bank.
+  auto const out_row = [](int lane) { return 8 * (lane / 16) + lane % 8 / 2 * 2 + lane / 8 % 2; };
   float s[64];
   bool const requests = warp == 7;
   int n = 0;

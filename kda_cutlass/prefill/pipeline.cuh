@@ -86,10 +86,7 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
           wait_for_all();  // the runs and scales of the chunk before lie where this one's go
           TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1);
           int const warp_here = recomputed(warp), lane_here = recomputed(lane);
-          if (warp_here < kBlocks)
-            scale_queries(pipe.factor_scratch, p, at, panels.q, warp_here, lane_here);
-          else
-            scale_keys(pipe.factor_scratch, pipe.factors[s], p, at, panels.k, beta, warp_here % kBlocks, lane_here);
+          scale_tokens(pipe.factor_scratch, pipe.factors[s], p, at, panels, beta, warp_here, lane_here);
         },
         [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); });
     EmptyBarrier::wait(&pipe.solved, (n & 1) ^ 1);  // and the place of the next chunk is there

@@ -129,10 +129,7 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
         recomputed(lane),
         [&] {
           TransactionBarrier::wait(&smem.keys_loaded, phase);
-          if (warp < kBlocks)
-            scale_queries(smem.factor_scratch, p, at, panels.q, warp, lane);
-          else
-            scale_keys(smem.factor_scratch, smem.factors, p, at, panels.k, beta, warp % kBlocks, lane);
+          scale_tokens(smem.factor_scratch, smem.factors, p, at, panels, beta, warp, lane);
         },
         [&] { EmptyBarrier::wait(&smem.stored, phase ^ 1); });
     cutlass::arch::fence_view_async_shared();

@@ -7,7 +7,6 @@ leaves every other check to the op, which refuses before it writes. What is refu
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 
@@ -15,7 +14,7 @@ import torch
 
 from ._ops import add_op_namespace_prefix, ops
 from .contract import STATE_FLOATS, Call, States, as_parameter
-from .prefill import HEAD_DIM
+from .prefill import HEAD_DIM, goes_straight
 
 logger = logging.getLogger("flash_kda")
 
@@ -30,11 +29,6 @@ if AVAILABLE:
     @torch.library.register_fake(add_op_namespace_prefix("decode"))
     def _(*args) -> None:
         return None
-
-
-@functools.lru_cache(maxsize=None)
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def takes(call: Call) -> bool:
@@ -83,13 +77,9 @@ def attempt(
     """Runs a call of :func:`flash_kda.fused_recurrent_kda` that needs no preparation, or returns None and has written
     nothing."""
     try:
-        if q.dtype is not torch.bfloat16 or not q.is_cuda or not _is_hopper(q.device):
+        if not goes_straight(q, k, v, g, beta, A_log, dt_bias, initial_state):
             return None
-        if torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (q, k, v, g, beta, A_log, dt_bias, initial_state)
-        ):
-            return None
-        if type(scale) not in (float, type(None)) or "FLASH_KDA_VALIDATE" in os.environ:
+        if type(scale) not in (float, type(None)):
             return None
         B, T, _, K = q.shape
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -51,6 +51,17 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def goes_straight(q, *others) -> bool:
+    """Whether a call with these tensors (or None) may go straight to an op, as far as only Python knows."""
+    return (
+        q.dtype is torch.bfloat16
+        and q.is_cuda
+        and _is_hopper(q.device)
+        and "FLASH_KDA_VALIDATE" not in os.environ
+        and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others)))
+    )
+
+
 def attempt(
     q,
     k,
@@ -77,15 +88,11 @@ def attempt(
     half of the time of the checked way.
     """
     try:
-        if q.dtype is not torch.bfloat16 or not q.is_cuda or not _is_hopper(q.device):
-            return None
-        if torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (q, k, v, g, beta, A_log, dt_bias, initial_state)
-        ):
+        if not goes_straight(q, k, v, g, beta, A_log, dt_bias, initial_state):
             return None
         if not (scale is None or (type(scale) is float and math.isfinite(scale))):
             return None
-        if "FLASH_KDA_VALIDATE" in os.environ or (allow_neg_eigval and not use_beta_sigmoid_in_kernel):
+        if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
             return None
         B, T, _, K = q.shape
         HV = v.shape[2]
