@@ -77,12 +77,14 @@ MIX = [1300, 547, 2048, 963, 271, 3063]
         (32, [512], "split"),
         (32, [8192], "walkers"),
         (32, [131072], "walkers"),
-        (32, [1024] * 8, "fused split"),  # few heads: the lengths may be anything, and decide
-        (32, [256] * 32, "fused split"),
-        (32, [1024] * 64, "fused split"),
+        (32, [1024] * 8, "fused walkers"),  # few heads: the lengths may be anything, and decide
+        (32, [256] * 32, "fused walkers"),
+        (32, [1024] * 64, "fused walkers"),
+        (32, [4096] * 2, "walkers"),
+        (8, [4096] * 2, "split"),
         (12, [8192], "split"),
         (8, [65536], "split"),
-        (8, [4] * 1000, "fused split"),
+        (8, [4] * 1000, "fused walkers"),
     ],
 )
 def test_the_choice_for_the_benchmarks_shapes(ask, heads, lengths, launched):
@@ -132,7 +134,8 @@ def test_every_call_is_served_within_its_workspace(ask, heads, tokens, count, pa
     answer = ask(heads, tokens=tokens, checkpoints=checkpoints, sms=sms, workspace=size * times, **shape)
     assert answer["fused"] or answer["split"] or answer["walkers"]
     if answer["walkers"]:
-        assert not packed or count == 1  # of one length
+        walkers = answer["walkers"]
+        assert not packed or count == 1 or heads % walkers == 0 or walkers % heads == 0  # of any lengths
         assert not checkpoints and answer["walkers"] <= min(count * heads, 64)
         assert 2 * (sms - answer["walkers"]) >= answer["walkers"]  # a team of producers each
         assert answer["ring"] >= 8

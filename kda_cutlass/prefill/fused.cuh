@@ -11,7 +11,7 @@
 #include <cuda.h>
 
 #include "pipeline.cuh"
-#include "state.cuh"
+#include "ring.cuh"
 
 namespace kda {
 
@@ -23,6 +23,8 @@ struct FusedParams {
   OutputParams out;
   int tensor_tokens;  // T
   int* taken;         // where to say whether this kernel does the call; null where the host has decided that it does
+  int sms, walkers;   // of the streamed schedule, which does it otherwise; no walkers: the split one does
+  RingFlags* flags;   // which that one wants to find empty
   int* dealt;         // how many chains are dealt, 0 at first; null where all have one length
 };
 
@@ -92,8 +94,11 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
 
   if (p.dealt != nullptr) measure(smem, sequences);
   if (p.taken != nullptr) {
-    bool const pays = Choice::fused_pays(smem.longest, int64_t(smem.chunks) * value_heads, chains, gridDim.x);
-    if (blockIdx.x == 0 && threadIdx.x == 0) *p.taken = pays;
+    bool const pays = Choice::fused_pays(smem.longest, smem.chunks, sequences.num_seqs, value_heads, p.walkers, p.sms);
+    if (blockIdx.x == 0) {
+      if (threadIdx.x == 0) *p.taken = pays;
+      if (!pays && p.walkers > 0) p.flags->clear(threadIdx.x, kFusedThreads);
+    }
     if (!pays) return;
   }
   if (threadIdx.x == 0) {

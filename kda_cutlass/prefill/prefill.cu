@@ -134,7 +134,8 @@ template <Gate kGate, bool kFp32Gate>
 cudaError_t launch_stream(StreamParams const& params, int sms, cudaStream_t stream) {
   auto constexpr kKernel = stream_kernel<kGate, kFp32Gate>;
   if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(StreamSmem))) return error;
-  if (cudaError_t const error = cudaMemsetAsync(params.ring.flags, 0, sizeof(RingFlags), stream)) return error;
+  if (params.taken == nullptr)  // else the fused kernel has cleared them
+    if (cudaError_t const error = cudaMemsetAsync(params.ring.flags, 0, sizeof(RingFlags), stream)) return error;
   return launch(kKernel, dim3(sms), kStreamThreads, sizeof(StreamSmem), Start::kAtOnce, params, stream);
 }
 
@@ -206,8 +207,9 @@ int64_t prefill_workspace_size(int64_t tokens, int batch, int num_seqs, int valu
 cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   if (p.num_seqs == 0 || p.value_heads == 0) return cudaSuccess;
   CallShape const shape = shape_of(p);
-  Schedules const schedules = choose_schedules(shape, sm_count());
-  Slabs const slabs = make_slabs(shape, p.workspace_bytes, sm_count());
+  int const sms = sm_count();
+  Schedules const schedules = choose_schedules(shape, sms);
+  Slabs const slabs = make_slabs(shape, p.workspace_bytes, sms);
   Sequences const sequences = {p.cu_seqlens, p.cu_seqlens_is_int64, p.num_seqs,
                                static_cast<int>((p.tokens + kChunk - 1) / kChunk), p.tokens};
   char* const carries = static_cast<char*>(p.workspace) + kFlagBytes;
@@ -241,27 +243,31 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   if (cudaError_t const error = encode_boxes(v_token_map, p.v, p, p.value_heads, 1, 1)) return error;
 
   int* const flags = static_cast<int*>(p.workspace);
-  int* const taken = schedules.fused && schedules.split ? flags : nullptr;
+  auto* const ring_flags = reinterpret_cast<RingFlags*>(carries);
+  static_assert(sizeof(RingFlags) <= 2 * kHeadDim * kHeadDim * sizeof(float), "they lie where carries would");
+  int const slots = schedules.walkers > 0 ? ring_slots(shape, schedules.walkers, p.workspace_bytes) : 0;
+  int const walkers = slots >= kLeastRingSlots ? schedules.walkers : 0;
+  bool const others = schedules.split || schedules.walkers > 0;
+  int* const taken = schedules.fused && others ? flags : nullptr;
   int* const dealt = schedules.fused && p.cu_seqlens != nullptr && p.num_seqs > 1 ? flags + 1 : nullptr;
   if (schedules.fused) {
     if (dealt != nullptr)
       if (cudaError_t const error = cudaMemsetAsync(dealt, 0, sizeof(*dealt), stream)) return error;
-    FusedParams const params = {chunk, v_map, v_token_map, p.state, out, tensor_tokens, taken, dealt};
+    FusedParams const params = {chunk, v_map, v_token_map, p.state,    out,  tensor_tokens,
+                                taken, sms,   walkers,     ring_flags, dealt};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
-      return launch_fused<decltype(gate)::value, decltype(fp32)::value>(params, sm_count(), stream);
+      return launch_fused<decltype(gate)::value, decltype(fp32)::value>(params, sms, stream);
     });
-    if (error != cudaSuccess || !schedules.split) return error;
+    if (error != cudaSuccess || !others) return error;
   }
 
-  int const slots = schedules.walkers > 0 ? ring_slots(shape, schedules.walkers, p.workspace_bytes) : 0;
-  if (slots >= kLeastRingSlots) {
-    static_assert(sizeof(RingFlags) <= 2 * kHeadDim * kHeadDim * sizeof(float), "flags lie where carries would");
-    StreamParams const params = {
-        chunk,
-        {v_map, v_token_map, p.state, out, tensor_tokens},
-        {reinterpret_cast<Record*>(records), reinterpret_cast<RingFlags*>(carries), schedules.walkers, slots}};
+  if (walkers > 0) {
+    StreamParams const params = {taken,
+                                 chunk,
+                                 {v_map, v_token_map, p.state, out, tensor_tokens},
+                                 {reinterpret_cast<Record*>(records), ring_flags, walkers, slots}};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
-      return launch_stream<decltype(gate)::value, decltype(fp32)::value>(params, sm_count(), stream);
+      return launch_stream<decltype(gate)::value, decltype(fp32)::value>(params, sms, stream);
     });
     // The process may have been given fewer SMs than the device has.
     if (error != cudaErrorCooperativeLaunchTooLarge) return error;

@@ -36,6 +36,11 @@ __device__ __forceinline__ void fence_bulk_copies() { asm volatile("fence.proxy.
 struct RingFlags {          // all 0 at first
   int made[kRingRecords];   // [walkers][slots]: one more than the step whose record is there
   int taken[kMostWalkers];  // how many records a walker has taken
+
+  __device__ __forceinline__ void clear(int thread, int threads) {
+    for (int i = thread; i < kRingRecords; i += threads) made[i] = 0;
+    for (int i = thread; i < kMostWalkers; i += threads) taken[i] = 0;
+  }
 };
 
 struct Ring {

@@ -5,7 +5,7 @@
 //   fused  one CTA a chain (sequence, head): for calls with enough chains to fill the card; no workspace but flags
 //   split  prepare makes records of chunks, for all chains in parallel, recurrence walks the chains with them
 //   stream the same in one launch: some SMs walk while the others make records, which pass through the L2; for few,
-//          long chains of one length
+//          long chains, and where packed lengths turn out to be too unequal for the fused kernel
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,18 @@ struct CallShape {
   int64_t chains() const { return int64_t(num_seqs) * value_heads; }
 };
 
-// Costs measured on an H200, in microseconds (docs/kernel-notes.md).
+// ---- the streamed schedule
+constexpr int kMostWalkers = 64;
+constexpr int kRingRecords = 512;   // of all walkers; what the L2 holds beside the inputs
+constexpr int kLeastRingSlots = 8;  // of a walker
+constexpr int kGroupsAnSm = 2;      // of producers
+static_assert(kMostWalkers * kLeastRingSlots <= kRingRecords);
+
+// Groups that make one walker's records.
+KDA_HOST_DEVICE int walkers_team(int walkers, int sms) { return kGroupsAnSm * (sms - walkers) / walkers; }
+
+// Costs measured on an H200, in microseconds (docs/kernel-notes.md). `longest` of the sequences and `chunks` of all of
+// them are counted in chunks of one head.
 struct Choice {
   static constexpr float kFusedChunk = 6.3f;   // of a chain in the fused kernel, one chain an SM
   static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card
@@ -43,64 +54,80 @@ struct Choice {
   static constexpr float kStreamMake = 10.f;   // of a record in one of its groups of producers
   static constexpr float kStreamStart = 22.f;  // more than the other two need before they are at work
 
-  static KDA_HOST_DEVICE float fused(int64_t longest, int64_t chunks, int64_t chains, int sms) {
-    float const even = float(chunks) / float(chains < sms ? chains : sms);
+  static KDA_HOST_DEVICE float fused(int64_t longest, int64_t chunks, int num_seqs, int heads, int sms) {
+    int64_t const chains = int64_t(num_seqs) * heads;
+    float const even = float(chunks) * heads / float(chains < sms ? chains : sms);
     return kFusedChunk * (even > longest ? even : float(longest));
   }
-  static KDA_HOST_DEVICE float split(int64_t longest, int64_t chunks) {
-    float const work = kSplitChunk * chunks, chain = kSplitStep * longest;
+  static KDA_HOST_DEVICE float split(int64_t longest, int64_t chunks, int heads) {
+    float const work = kSplitChunk * heads * chunks, chain = kSplitStep * longest;
     return work > chain ? work : chain;
   }
-  static KDA_HOST_DEVICE bool fused_pays(int64_t longest, int64_t chunks, int64_t chains, int sms) {
-    return fused(longest, chunks, chains, sms) < split(longest, chunks);
+  // `steps` of the walker that has most.
+  static KDA_HOST_DEVICE float stream(float steps, int walkers, int sms) {
+    float const make = kStreamMake / walkers_team(walkers, sms);
+    return kStreamStart + steps * (make > kStreamStep ? make : kStreamStep);
+  }
+  // Steps where `walkers` is a multiple of `heads` or divides it, and all sequences of a head go to as many of them.
+  static KDA_HOST_DEVICE float packed_steps(int64_t longest, int64_t chunks, int heads, int walkers) {
+    if (walkers <= heads) return float(heads / walkers) * chunks;
+    return longest + float(chunks - longest) * heads / walkers;
+  }
+  static KDA_HOST_DEVICE bool fused_pays(int64_t longest, int64_t chunks, int num_seqs, int heads, int walkers,
+                                         int sms) {
+    return fused(longest, chunks, num_seqs, heads, sms) <
+           (walkers > 0 ? stream(packed_steps(longest, chunks, heads, walkers), walkers, sms)
+                        : split(longest, chunks, heads));
   }
 };
 
-// ---- the streamed schedule
-constexpr int kMostWalkers = 64;
-constexpr int kRingRecords = 512;   // of all walkers; what the L2 holds beside the inputs
-constexpr int kLeastRingSlots = 8;  // of a walker
-constexpr int kGroupsAnSm = 2;      // of producers
-static_assert(kMostWalkers * kLeastRingSlots <= kRingRecords);
+// Chunks of all sequences, each with a record a head (Sequences in record.cuh).
+inline int64_t slot_count(CallShape const& call) {
+  return call.packed ? call.tokens / kChunk + call.num_seqs : call.batch * ((call.tokens + kChunk - 1) / kChunk);
+}
 
-// CTAs that walk chains, of all `sms`, and what a chunk of every chain costs with them.
+// CTAs that walk chains, of all `sms`, and what the call costs with them, were its sequences of `each` chunks.
 struct Walkers {
-  int count;
+  int count;  // 0: the streamed schedule can't do it
   float cost;
 };
-inline Walkers choose_walkers(int64_t chains, int sms) {
+inline Walkers choose_walkers(CallShape const& call, int64_t each, int sms) {
+  int64_t const chains = call.chains(), chunks = each * call.num_seqs;
+  int64_t const records = slot_count(call) * call.value_heads;
   Walkers best = {0, 0.f};
   for (int count = 1; count <= std::min<int64_t>(chains, kMostWalkers); ++count) {
-    int const team = kGroupsAnSm * (sms - count) / count;  // groups that make one walker's records
-    if (team < 1) break;
-    float const rounds = float((chains + count - 1) / count);
-    float const cost = rounds * std::max(Choice::kStreamStep, Choice::kStreamMake / team);
+    if (walkers_team(count, sms) < 1 || count * kLeastRingSlots > records) break;
+    // Chains are dealt in turn. Whatever the lengths are, these have equal shares or several sequences each:
+    bool const dealt_by_heads = call.value_heads % count == 0 || count % call.value_heads == 0;
+    if (!call.one_length() && !dealt_by_heads) continue;
+    // One sequence may hold more than the others: half of all.
+    float const steps = call.one_length() ? float((chains + count - 1) / count) * each
+                                          : Choice::packed_steps((chunks + 1) / 2, chunks, call.value_heads, count);
+    float const cost = Choice::stream(steps, count, sms);
     if (best.count == 0 || cost < best.cost) best = {count, cost};
   }
   return best;
 }
 
-// Which schedules a call launches: fused and split both where sequences are packed and their lengths have to decide.
-// The fused kernel, in front, then leaves word whether it did the call, and the split kernels return at once if so.
+// Which schedules a call launches. Two where sequences are packed and their lengths have to decide: the fused kernel, in
+// front, then leaves word whether it did the call, and the other's kernels return at once if so.
 struct Schedules {
   bool fused, split;
   int walkers;  // of the streamed schedule; 0 without it
 };
 inline Schedules choose_schedules(CallShape const& call, int sms) {
   if (call.checkpoints) return {false, true, 0};  // only the recurrence writes them
-  int64_t const chains = call.chains();
-  int64_t const each = (call.tokens * call.batch / call.num_seqs + kChunk - 1) / kChunk;  // chunks, were all alike
-  float const fused_cost = Choice::fused(each, each * chains, chains, sms),
-              split_cost = Choice::split(each, each * chains);
-  if (call.one_length() && each > 0) {
-    Walkers const walkers = choose_walkers(chains, sms);
-    float const cost = Choice::kStreamStart + walkers.cost * each;
-    if (walkers.count > 0 && cost < fused_cost && cost < split_cost) return {false, false, walkers.count};
-  }
+  int const heads = call.value_heads;
+  int64_t const each = (call.tokens * call.batch / call.num_seqs + kChunk - 1) / kChunk, chunks = each * call.num_seqs;
+  float const fused_cost = Choice::fused(each, chunks, call.num_seqs, heads, sms),
+              split_cost = Choice::split(each, chunks, heads);
+  Walkers const walkers = each > 0 ? choose_walkers(call, each, sms) : Walkers{};
+  if (walkers.count > 0 && walkers.cost < std::min(fused_cost, split_cost)) return {false, false, walkers.count};
   if (split_cost <= fused_cost) return {false, true, 0};
   // With many heads one sequence that holds nearly all tokens is not much slower for it.
-  bool const any_lengths = Choice::kSplitChunk * call.value_heads >= .8f * Choice::kFusedChunk;
-  return {true, call.packed && call.num_seqs > 1 && !any_lengths, 0};
+  bool const any_lengths = Choice::kSplitChunk * heads >= .8f * Choice::kFusedChunk;
+  if (call.one_length() || any_lengths) return {true, false, 0};
+  return {true, walkers.count == 0, walkers.count};
 }
 
 // ---- the split schedule
@@ -109,10 +136,6 @@ constexpr int64_t kFlagBytes = 256;    // of the workspace, in front: Choice's a
 constexpr int64_t kLeastSlab = 64;     // slots, below which a slab is not worth its launches
 constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
 
-// Chunks of all sequences, each with a record a head (Sequences in record.cuh).
-inline int64_t slot_count(CallShape const& call) {
-  return call.packed ? call.tokens / kChunk + call.num_seqs : call.batch * ((call.tokens + kChunk - 1) / kChunk);
-}
 inline int64_t slot_bytes(int value_heads) { return int64_t(value_heads) * kRecordBytes; }
 inline int64_t carry_bytes(int value_heads) { return int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float); }
 

@@ -9,6 +9,7 @@
 namespace kda {
 
 struct StreamParams {
+  int const* taken;  // not null: whether the fused kernel has done the call
   ChunkParams chunk;
   WalkParams walk;
   Ring ring;
@@ -26,6 +27,7 @@ static_assert(sizeof(StreamSmem) <= 227 * 1024);
 
 template <Gate kGate, bool kFp32Gate>
 __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_constant__ StreamParams p) {
+  if (p.taken != nullptr && *p.taken) return;
   extern __shared__ __align__(1024) char smem_bytes[];
   StreamSmem& smem = *reinterpret_cast<StreamSmem*>(smem_bytes);
   int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_
     ProducerSmem& own = smem.producers[group];
     if (threadIdx.x % kChunkThreads == 0) own.init();
     __syncthreads();
-    int const number = group * makers + cta - walkers, team = kGroupsAnSm * makers / walkers;
+    int const number = group * makers + cta - walkers, team = walkers_team(walkers, gridDim.x);
     if (number < team * walkers)
       produce<kGate, kFp32Gate>(p.chunk, deal, p.ring, own, {number % walkers, number / walkers, team}, 1 + group,
                                 warp % 8, lane);
