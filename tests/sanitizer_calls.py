@@ -46,7 +46,7 @@ def decode(B, T, *, v_first, state, gate="lower_bound", pool=True, cu_seqlens=No
 
 
 def call(H, HV, *, B=1, T=200, N=1, gate="lower_bound", g=torch.bfloat16, beta=torch.bfloat16, state=torch.float32,
-         raw=True, neg=False, v_first=False, cu_seqlens=None):  # fmt: skip
+         raw=True, neg=False, v_first=False, cu_seqlens=None, forgetful=False):  # fmt: skip
     def normal(*shape):
         return torch.randn(*shape, device="cuda")
 
@@ -66,6 +66,8 @@ def call(H, HV, *, B=1, T=200, N=1, gate="lower_bound", g=torch.bfloat16, beta=t
         state_v_first=v_first,
         cu_seqlens=cu_seqlens,
     )
+    if forgetful:
+        args["g"] += -3 if gate == "given" else 5
     if gate != "given":
         args |= dict(A_log=normal(HV), dt_bias=normal(HV * 128))
     if gate == "lower_bound":
@@ -143,6 +145,11 @@ if __name__ == "__main__":
     call(70, 70, T=130)  # one CTA a head
     call(1, 1, T=64 * 66)  # two slabs beside each other
     call(64, 64, T=690)  # streamed
+    lengths = torch.tensor([600, *[1] * 7], device="cuda")  # too unequal for the fused kernel
+    call(32, 32, T=607, N=8, cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int())
+    for gate, g in (("lower_bound", torch.bfloat16), ("given", torch.float32)):  # cut into pieces, or not
+        for forgetful in (True, False):
+            call(1, 1, T=5100, gate=gate, g=g, forgetful=forgetful)
     for state, v_first in ((torch.float32, True), (torch.bfloat16, False)):
         pooled_prefill(50, 600, 4, state=state, v_first=v_first)  # the fused kernel
         pooled_prefill(2, 600, 4, state=state, v_first=v_first)

@@ -128,6 +128,83 @@ def test_a_long_sequence_packed(kernel, monkeypatch):
         assert torch.equal(o[:, :length], expected_o) and torch.equal(state, expected_state)
 
 
+# Sizes of calls whose chains are cut into pieces where the gates forget (test_schedule.py sees to that), before the split
+# schedule and before the streamed one; the last pieces are whole, partial, short.
+CUT = [
+    dict(B=1, T=6144, H=8, HV=8),
+    dict(B=2, T=8000, H=1, HV=3),
+    dict(B=1, T=16384 - 63, H=4, HV=64),
+]
+
+
+def forgetful(args, gate):
+    """The arguments with gates that forget everything within a few tokens."""
+    g = args["g"]
+    return {**args, "g": -(2 + g.abs()) if gate.startswith("given") else g.abs() + 3}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "gate, sizes", [*((gate, CUT[1]) for gate in GATES), ("softplus", CUT[0]), ("softplus", CUT[2])]
+)
+def test_chains_are_cut_where_gates_forget(kernel, monkeypatch, gate, sizes):
+    """Cut or whole, a chain gives the same results; that it was cut shows in how far a NaN gets."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    args = forgetful(make(KERNEL, gate=gate, **sizes), gate)
+    args["initial_state"] = make_state(KERNEL, args)
+    results = kernel.chunk_kda(**args)
+    for cut, whole in zip(results, kernel.chunk_kda(**args, batch_invariant=True)):
+        assert relative_error(cut, whole) <= 1e-6
+    args["v"][:, 3] = math.nan
+    for batch_invariant in (False, True):
+        o, state = kernel.chunk_kda(**args, batch_invariant=batch_invariant)
+        assert o[:, 4].isnan().all()
+        assert o[:, -1].isnan().all() == state.isnan().all() == batch_invariant
+    one = {**args, "g": args["g"].clone()}  # one channel that remembers is enough
+    one["g"][..., 5] = 0 if gate.startswith("given") else -30
+    assert kernel.chunk_kda(**one)[0][:, -1].isnan().all()
+
+
+@pytest.mark.gpu
+def test_a_cut_chain_shorter_than_the_host_knows(kernel, monkeypatch):
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    args = forgetful(make(KERNEL, **CUT[0]), "softplus")
+    for length in (6144, 2000, 385, 384, 1, 0):
+        o, state = kernel.chunk_kda(**args, cu_seqlens=lengths_to_cu([length], "cuda"))
+        alone = {**args, **{name: args[name][:, :length] for name in ("q", "k", "v", "g", "beta")}}
+        expected_o, expected_state = kernel.chunk_kda(**alone, batch_invariant=True)
+        assert relative_error(state, expected_state) <= 1e-6
+        if length:
+            assert relative_error(o[:, :length], expected_o) <= 1e-6
+
+
+@pytest.mark.gpu
+def test_channels_that_hand_a_state_on(kernel, monkeypatch):
+    """Two channels remember in turn, 16 tokens each, and a key of both hands half of the state from one to the other:
+    every channel forgets within a chunk, the chain does not."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    T, H = 8192, 2
+    args = make(KERNEL, T=T, H=H, gate="given", beta="step")
+    t = torch.arange(T, device="cuda")
+    meet = t % 16 == 0
+    g = torch.full((T, 128), -5.0, device="cuda")
+    g[:, 0] = torch.where((t // 16 % 2 == 0) | meet, 0.0, -5.0)
+    g[:, 1] = torch.where((t // 16 % 2 == 1) | meet, 0.0, -5.0)
+    k = torch.zeros(T, 128, device="cuda")
+    k[:, 5] = ~meet
+    k[:, 0], k[:, 1] = meet, -1 * meet
+    q = torch.zeros(T, 128, device="cuda")
+    q[:, :2] = 1
+    for name, x in (("g", g), ("k", k.bfloat16()), ("q", q.bfloat16())):
+        args[name] = x[None, :, None].expand(1, T, H, 128).contiguous()
+    args["beta"].fill_(1)
+    args["v"][:, 64:] = 0
+    o, state = kernel.chunk_kda(**args)
+    assert o[:, 256:320].abs().max() > 1e-6  # behind the first cut
+    for x, whole in zip((o, state), kernel.chunk_kda(**args, batch_invariant=True)):
+        assert torch.equal(x, whole)
+
+
 @pytest.mark.gpu
 def test_few_long_chains_on_streams_and_in_graphs(kernel, monkeypatch):
     """CTAs of the streamed schedule wait for each other: beside other kernels too, and where a graph launches them."""

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kda import STREAMED
+from test_kda import CUT, STREAMED
 
 SCHEDULE = Path(__file__).parents[1] / "kda_cutlass" / "prefill" / "schedule.h"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 SMS = 132  # of an H200
 LIMIT = 208 << 20
+FLAGS = 4096
 
 ASK = r"""
 #include <cstdio>
@@ -30,8 +31,9 @@ int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpo
     long long const size = kda::workspace_size(call);
     kda::Slabs const slabs = kda::make_slabs(call, workspace > 0 ? workspace : size, sms);
     int const ring = s.walkers > 0 ? kda::ring_slots(call, s.walkers, workspace > 0 ? workspace : size) : 0;
-    std::printf("{\"fused\": %d, \"split\": %d, \"walkers\": %d, \"ring\": %d, \"workspace\": %lld, \"slots\": %d, \"slab_slots\": %d, \"buffers\": %d, "
-                "\"split_values\": %d, \"records\": %lld, \"carry\": %lld}\n", s.fused, s.split, s.walkers, ring, size,
+    std::printf("{\"fused\": %d, \"split\": %d, \"walkers\": %d, \"ring\": %d, \"pieces\": %d, \"piece_chunks\": %d, \"workspace\": %lld, \"slots\": %d, \"slab_slots\": %d, \"buffers\": %d, "
+                "\"split_values\": %d, \"records\": %lld, \"carry\": %lld}\n", s.fused, s.split, s.walkers, ring,
+                s.cut.pieces, s.cut.chunks, size,
                 slabs.slots, slabs.slab_slots, slabs.buffers, slabs.split_values, (long long)slabs.records_bytes,
                 (long long)slabs.carry_bytes);
     std::fflush(stdout);
@@ -103,6 +105,29 @@ def test_walkers_have_equal_shares(ask, heads):
     assert heads % ask(heads, [8192])["walkers"] == 0
 
 
+@pytest.mark.parametrize(
+    "heads, lengths, pieces",
+    [
+        (8, [8192], 16),
+        (12, [8192], 11),
+        (8, [65536], 16),
+        (32, [131072], 4),
+        (64, [16384], 2),
+        (32, [8192], 1),  # streamed: less to be gained than a look costs
+        (8, [2048], 1),
+        (96, [8192], 1),
+        (8, [4096] * 2, 1),  # lengths may be anything
+    ],
+)
+def test_chains_are_cut_where_that_may_pay(ask, heads, lengths, pieces):
+    assert ask(heads, lengths)["pieces"] == pieces
+
+
+@pytest.mark.parametrize("sizes", CUT, ids=str)
+def test_what_the_tests_of_cut_chains_call(ask, sizes):
+    assert ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"])["pieces"] > 1
+
+
 @pytest.mark.parametrize("lengths", [[1024] * 8, [8192]], ids=["batch", "one"])
 def test_checkpoints_are_written_by_the_split_schedule(ask, lengths):
     answer = ask(96, lengths, checkpoints=True)
@@ -139,11 +164,16 @@ def test_every_call_is_served_within_its_workspace(ask, heads, tokens, count, pa
         assert not checkpoints and answer["walkers"] <= min(count * heads, 64)
         assert 2 * (sms - answer["walkers"]) >= answer["walkers"]  # a team of producers each
         assert answer["ring"] >= 8
-        assert 256 + 2 * answer["carry"] + answer["walkers"] * answer["ring"] * 66304 <= size * times
-    one = 256 + 2 * answer["carry"] + heads * 66304
+        assert FLAGS + 2 * answer["carry"] + answer["walkers"] * answer["ring"] * 66304 <= size * times
+    one = FLAGS + 2 * answer["carry"] + heads * 66304
     assert size <= max(LIMIT, one)
-    assert 256 + 2 * answer["carry"] + answer["buffers"] * answer["records"] <= max(size * times, one)
+    assert FLAGS + 2 * answer["carry"] + answer["buffers"] * answer["records"] <= max(size * times, one)
     assert answer["slots"] >= -(-tokens // 64) * (1 if packed else count)  # a slot for each chunk
+    if answer["pieces"] > 1:
+        assert (not packed or count == 1) and not checkpoints and not answer["fused"]
+        each = -(-tokens // 64)
+        assert (answer["pieces"] - 1) * answer["piece_chunks"] < each <= answer["pieces"] * answer["piece_chunks"]
+        assert answer["piece_chunks"] >= 4 and (answer["pieces"] - 1) * count * heads <= FLAGS - 256  # a byte a cut
     assert answer["slab_slots"] >= 1 or answer["slots"] == 0
     assert answer["slab_slots"] <= 65535 and answer["buffers"] in (1, 2)
 

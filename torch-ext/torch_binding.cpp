@@ -121,7 +121,7 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
              const std::optional<Tensor>& ssm_state_indices, const std::optional<Tensor>& has_initial_state,
              bool final_state_in_slots, int64_t min_state_index, const std::optional<Tensor>& checkpoint_state,
              const std::optional<Tensor>& checkpoint_offsets, const std::optional<Tensor>& checkpoint_indices,
-             const std::optional<Tensor>& checkpoint_indptr, int64_t checkpoint_multiple) {
+             const std::optional<Tensor>& checkpoint_indptr, int64_t checkpoint_multiple, bool batch_invariant) {
   STD_TORCH_CHECK(q.is_cuda() && q.dim() == 4 && v.dim() == 4, "prefill: q and v must be CUDA tensors of 4 dimensions");
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), HV = v.size(2), D = kda::kHeadDim;
   STD_TORCH_CHECK(H > 0 && HV > 0 && HV % H == 0, "prefill: HV = ", HV, " must be a positive multiple of H = ", H);
@@ -247,6 +247,7 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
   params.qk_l2norm = use_qk_l2norm_in_kernel;
   params.beta_sigmoid = use_beta_sigmoid_in_kernel;
   params.allow_neg_eigval = allow_neg_eigval;
+  params.batch_invariant = batch_invariant;
 
   const int64_t wanted = kda::prefill_workspace_size(T, params.batch, params.num_seqs, params.value_heads, packed);
   STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Byte && workspace.numel() >= wanted,
@@ -425,7 +426,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, "
       "Tensor? ssm_state_indices=None, Tensor? has_initial_state=None, bool final_state_in_slots=False, "
       "int min_state_index=0, Tensor(d!)? checkpoint_state=None, Tensor? checkpoint_offsets=None, "
-      "Tensor? checkpoint_indices=None, Tensor? checkpoint_indptr=None, int checkpoint_multiple=16) -> ()");
+      "Tensor? checkpoint_indices=None, Tensor? checkpoint_indptr=None, int checkpoint_multiple=16, "
+      "bool batch_invariant=False) -> ()");
   ops.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor(a!)? initial_state, Tensor? cu_seqlens, Tensor? ssm_state_indices, Tensor? num_accepted_tokens, "

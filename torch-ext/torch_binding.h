@@ -18,7 +18,8 @@ void prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k, con
              int64_t min_state_index, const std::optional<torch::stable::Tensor>& checkpoint_state,
              const std::optional<torch::stable::Tensor>& checkpoint_offsets,
              const std::optional<torch::stable::Tensor>& checkpoint_indices,
-             const std::optional<torch::stable::Tensor>& checkpoint_indptr, int64_t checkpoint_multiple);
+             const std::optional<torch::stable::Tensor>& checkpoint_indptr, int64_t checkpoint_multiple,
+             bool batch_invariant);
 
 // Bytes of workspace that `prefill` asks for; flash_kda.prefill.workspace_size computes the same in Python.
 int64_t prefill_workspace_size(int64_t tokens_per_batch, int64_t batch, int64_t num_seqs, int64_t value_heads,

@@ -5,12 +5,13 @@
 // before it and carry the state through it (state.cuh). Raw q, k and g arrive where their factors go; the output leaves
 // from where the values came. CTAs are persistent, so that the next chain's first chunk is made ready while the last
 // one's outputs are still computed. Chains of one length are dealt in turn; of unequal lengths, whoever is free takes
-// the next of the longest.
+// the next of the longest. Where the gates let it (prove.cuh), a few long chains are cut into pieces to fill the card.
 #pragma once
 
 #include <cuda.h>
 
 #include "pipeline.cuh"
+#include "prove.cuh"
 #include "ring.cuh"
 
 namespace kda {
@@ -26,14 +27,40 @@ struct FusedParams {
   int sms, walkers;   // of the streamed schedule, which does it otherwise; no walkers: the split one does
   RingFlags* flags;   // which that one wants to find empty
   int* dealt;         // how many chains are dealt, 0 at first; null where all have one length
+  Cut cut;
+  Forgotten forgotten;  // what has to hold for the cut; null without one
 };
 
 constexpr int kFusedThreads = 2 * kChunkThreads;
 
 // The chunks of a CTA's chains (sequence, head), one after another, as far as they are asked for.
 struct ChunkWalk {
-  int chain, chunk, chunks;
+  int item, chunk, chunks;
   int64_t first_token, length;
+};
+// What is walked at a stretch: a chain, or a piece of one where they are cut. First all chains' first pieces.
+template <bool kCut>
+struct Item {
+  int seq, head;
+  int64_t begin, end;  // tokens of the sequence
+  int silent = 0;      // of these, in front, whose outputs are the piece's before
+  bool to_end = true;  // where the final state is left
+
+  __device__ __forceinline__ Item(FusedParams const& p, int item, int chains) {
+    int const piece = kCut ? item / chains : 0, chain = item - piece * chains;
+    seq = chain / p.chunk.value_heads, head = chain - seq * p.chunk.value_heads;
+    int64_t const length = live_length(p.chunk.sequences, p.state, seq);
+    begin = 0, end = length;
+    if constexpr (kCut) {
+      int64_t const own = p.cut.start(piece), next = p.cut.start(piece + 1);
+      if (piece > 0) silent = kWarmUp * kChunk;
+      to_end = piece + 1 == p.cut.pieces || next >= length;
+      begin = own - silent, end = to_end ? length : next;
+      if (piece > 0 && own >= length) begin = end, to_end = false;  // the chain has fewer pieces
+    }
+  }
+  __device__ __forceinline__ int64_t tokens() const { return end - begin; }
+  __device__ __forceinline__ bool from_start() const { return silent == 0; }
 };
 constexpr int kMostOrdered = 448;  // sequences, what shared memory holds; more are dealt in turn
 
@@ -47,7 +74,8 @@ struct FusedSmem {
   Pipeline pipe;
   ChunkWalk walk;
   alignas(8) uint64_t decayed_read;  // the chunk's k_decayed by all
-  int chains[kStages];               // of the stages' chunks; -1: there are no more
+  int items[kStages];                // of the stages' chunks; -1: there are no more
+  int shown[2 * kStages];            // how many of a chunk's outputs are stored
   int longest, chunks;               // of all sequences
   bool in_turn;
   uint16_t order[kMostOrdered];  // the sequences, longest first
@@ -83,7 +111,7 @@ __device__ __forceinline__ void order_by_length(FusedSmem& smem, Sequences const
   __syncthreads();
 }
 
-template <Gate kGate, bool kFp32Gate>
+template <Gate kGate, bool kFp32Gate, bool kCut>
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_constant__ FusedParams p) {
   extern __shared__ __align__(1024) char smem_bytes[];
   FusedSmem& smem = *reinterpret_cast<FusedSmem*>(smem_bytes);
@@ -92,9 +120,16 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   Sequences const& sequences = p.chunk.sequences;
   int const value_heads = p.chunk.value_heads, chains = sequences.num_seqs * value_heads;
 
+  int const items = kCut ? chains * p.cut.pieces : chains;
   if (p.dealt != nullptr) measure(smem, sequences);
   if (p.taken != nullptr) {
-    bool const pays = Choice::fused_pays(smem.longest, smem.chunks, sequences.num_seqs, value_heads, p.walkers, p.sms);
+    bool pays;
+    if constexpr (kCut) {
+      wait_for_previous_kernel();
+      pays = p.forgotten.holds(threadIdx.x, kFusedThreads);
+    } else {
+      pays = Choice::fused_pays(smem.longest, smem.chunks, sequences.num_seqs, value_heads, p.walkers, p.sms);
+    }
     if (blockIdx.x == 0) {
       if (threadIdx.x == 0) *p.taken = pays;
       if (!pays && p.walkers > 0) p.flags->clear(threadIdx.x, kFusedThreads);
@@ -124,33 +159,36 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   auto const find = [&](int n) {
     int const stage = n % kStages;
     ChunkWalk walk = smem.walk;
-    while (walk.chunk >= walk.chunks && walk.chain < chains) {  // on to the next chain that has a chunk
+    while (walk.chunk >= walk.chunks && walk.item < items) {  // on to the next item that has a chunk
       if (smem.in_turn) {
-        walk.chain += gridDim.x;
+        walk.item += gridDim.x;
       } else {
         int rank = 0;
         if (lane == 0) rank = atomicAdd(p.dealt, 1);
         rank = __shfl_sync(0xffffffffu, rank, 0);
-        walk.chain = rank < chains ? smem.order[rank / value_heads] * value_heads + rank % value_heads : chains;
+        walk.item = rank < chains ? smem.order[rank / value_heads] * value_heads + rank % value_heads : chains;
       }
-      if (walk.chain >= chains) break;
-      int const seq = walk.chain / value_heads;
-      walk.first_token = sequences.first_token(seq);
-      walk.length = live_length(sequences, p.state, seq);
+      if (walk.item >= items) break;
+      Item<kCut> const item(p, walk.item, chains);
+      walk.first_token = sequences.first_token(item.seq) + item.begin;
+      walk.length = item.tokens();
       walk.chunk = 0, walk.chunks = static_cast<int>((walk.length + kChunk - 1) / kChunk);
     }
     ChunkPlace at = {0, 0, 0, 0};
-    if (walk.chain < chains) {
+    int shown = 0;
+    if (walk.item < items) {
       int64_t const start = int64_t(walk.chunk) * kChunk;
-      int const seq = walk.chain / value_heads;
-      at = {walk.first_token + start, static_cast<int>(min(walk.length - start, int64_t(kChunk))), sequences.batch(seq),
-            walk.chain - seq * value_heads};
+      Item<kCut> const item(p, walk.item, chains);
+      at = {walk.first_token + start, static_cast<int>(min(walk.length - start, int64_t(kChunk))),
+            sequences.batch(item.seq), item.head};
+      shown = start < item.silent ? 0 : at.tokens;
     }
     ++walk.chunk;
     __syncwarp();
     if (lane == 0) {
       smem.walk = walk;
-      smem.chains[stage] = walk.chain < chains ? walk.chain : -1;
+      smem.items[stage] = walk.item < items ? walk.item : -1;
+      if (kCut) smem.shown[n % (2 * kStages)] = shown;
       pipe.places[stage] = at;
     }
     __syncwarp();
@@ -214,14 +252,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
 #pragma unroll 1
   while (true) {
     TransactionBarrier::wait(&pipe.gate_loaded[n % kStages], n / kStages & 1);
-    int const chain = smem.chains[n % kStages];
-    if (chain < 0) break;
-    int const seq = chain / value_heads, head = chain - seq * value_heads;
-    int64_t tokens = live_length(sequences, p.state, seq);
-    lanes.load_initial(s, p.state, initial_offset(p.state, seq, head));
-    bf16* out = p.out.data + p.out.stride_batch * sequences.batch(seq) + p.out.stride_head * head +
-                p.out.stride_token * (sequences.first_token(seq) + out_row(lane)) + kValueTile * warpgroup +
-                16 * (warp % 4) + 8 * (lane % 2);
+    int const number = smem.items[n % kStages];
+    if (number < 0) break;
+    Item<kCut> const item(p, number, chains);
+    int64_t tokens = item.tokens();
+    lanes.load_initial(s, p.state, item.from_start() ? initial_offset(p.state, item.seq, item.head) : -1);
+    bf16* out = p.out.data + p.out.stride_batch * sequences.batch(item.seq) + p.out.stride_head * item.head +
+                p.out.stride_token * (sequences.first_token(item.seq) + item.begin + out_row(lane)) +
+                kValueTile * warpgroup + 16 * (warp % 4) + 8 * (lane % 2);
 #pragma unroll 1
     for (; tokens > 0; tokens -= kChunk, ++n) {
       int const stage = n % kStages, phase = n / kStages & 1;
@@ -293,10 +331,11 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       });
       __syncwarp();
       int const here = recomputed(lane);
+      int64_t const shown = kCut ? smem.shown[n % (2 * kStages)] : tokens;
 #pragma unroll
       for (int j = 0; j < 4; ++j, out += 16 * p.out.stride_token) {
         int const token = out_row(here) + 16 * j;
-        if (token < tokens)
+        if (token < shown)
           *reinterpret_cast<uint4*>(out) =
               *reinterpret_cast<uint4 const*>(x.v[warpgroup] + panel_offset(token, 2 * (warp % 4) + here % 2));
       }
@@ -304,8 +343,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       EmptyBarrier::arrive(&pipe.empty[stage]);
       if (requests) request_rest(n + kStages);
     }
-    StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane))
-        .store_final(s, p.state, final_offset(p.state, seq, head));
+    int64_t final;
+    if constexpr (kCut) {
+      Item<kCut> const done(p, recomputed(number), chains);
+      final = done.to_end ? final_offset(p.state, done.seq, done.head) : -1;
+    } else {
+      final = final_offset(p.state, item.seq, item.head);
+    }
+    StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane)).store_final(s, p.state, final);
   }
   // Sequences without tokens keep their state; those that are padding get zeros for outputs.
   for (int first = 0; first < sequences.num_seqs; first += 32) {

@@ -102,6 +102,7 @@ struct PrefillParams {
   bool qk_l2norm = false;
   bool beta_sigmoid = false;      // beta holds logits
   bool allow_neg_eigval = false;  // 2 * sigmoid
+  bool batch_invariant = false;   // a sequence's bits depend on nothing beside it
 
   void* workspace = nullptr;  // 256-byte aligned
   int64_t workspace_bytes = 0;

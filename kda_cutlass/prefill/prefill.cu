@@ -8,6 +8,7 @@
 #include "../device.h"
 #include "fused.cuh"
 #include "prepare.cuh"
+#include "prove.cuh"
 #include "recurrence.cuh"
 #include "stream.cuh"
 
@@ -114,20 +115,25 @@ template <Gate kGate, bool kFp32Gate>
 cudaError_t launch_prepare(PrepareParams const& params, Start start, cudaStream_t stream) {
   auto constexpr kKernel = prepare_kernel<kGate, kFp32Gate>;
   if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(PrepareSmem))) return error;
-  // Neighbouring heads together, for DRAM's sake. Where all may be for nothing, two waves of CTAs that take the slots
-  // in turn.
-  int const slots = params.slab.end - params.slab.begin, heads = params.chunk.value_heads;
-  dim3 const grid(heads, params.taken == nullptr ? slots : std::min(slots, (4 * sm_count() + heads - 1) / heads));
+  // Neighbouring heads together, for DRAM's sake.
+  dim3 const grid(params.chunk.value_heads, params.slab.end - params.slab.begin);
   return launch(kKernel, grid, kChunkThreads, sizeof(PrepareSmem), start, params, stream);
 }
 
-template <Gate kGate, bool kFp32Gate>
+template <Gate kGate, bool kFp32Gate, bool kCut>
 cudaError_t launch_fused(FusedParams const& params, int sms, cudaStream_t stream) {
-  auto constexpr kKernel = fused_kernel<kGate, kFp32Gate>;
+  auto constexpr kKernel = fused_kernel<kGate, kFp32Gate, kCut>;
   if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(FusedSmem))) return error;
   int64_t const chains = int64_t(params.chunk.sequences.num_seqs) * params.chunk.value_heads;
-  dim3 const grid(static_cast<unsigned>(std::min<int64_t>(chains, sms)));
-  return launch(kKernel, grid, kFusedThreads, sizeof(FusedSmem), Start::kAlone, params, stream);
+  dim3 const grid(static_cast<unsigned>(std::min<int64_t>(chains * params.cut.pieces, sms)));
+  return launch(kKernel, grid, kFusedThreads, sizeof(FusedSmem), kCut ? Start::kOverlap : Start::kAlone, params,
+                stream);
+}
+
+template <Gate kGate, bool kFp32Gate>
+cudaError_t launch_prove(ProveParams const& params, cudaStream_t stream) {
+  dim3 const grid(params.chunk.value_heads, params.chunk.sequences.num_seqs, params.cut.pieces - 1);
+  return launch(prove_kernel<kGate, kFp32Gate>, grid, 32, 0, Start::kAlone, params, stream);
 }
 
 template <Gate kGate, bool kFp32Gate>
@@ -248,15 +254,32 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   int const slots = schedules.walkers > 0 ? ring_slots(shape, schedules.walkers, p.workspace_bytes) : 0;
   int const walkers = slots >= kLeastRingSlots ? schedules.walkers : 0;
   bool const others = schedules.split || schedules.walkers > 0;
-  int* const taken = schedules.fused && others ? flags : nullptr;
+  // Not where states are updated in place: a CTA would read what another writes.
+  bool const in_place = p.state.initial.data != nullptr && p.state.initial.data == p.state.final.data;
+  bool const cuts = schedules.cut.pieces > 1 && !in_place && !p.batch_invariant;
+  Cut const cut = cuts ? schedules.cut : Cut{};
+  bool const fused = schedules.fused || cuts;
+  int* const taken = fused && others ? flags : nullptr;
   int* const dealt = schedules.fused && p.cu_seqlens != nullptr && p.num_seqs > 1 ? flags + 1 : nullptr;
-  if (schedules.fused) {
+  Forgotten forgotten = {nullptr, 0};
+  if (cuts) {
+    forgotten = {static_cast<uint8_t*>(p.workspace) + kForgottenBytes, p.num_seqs * p.value_heads * (cut.pieces - 1)};
+    ProveParams const prove = {chunk, p.k, p.g, p.state, cut, forgotten};
+    cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
+      return launch_prove<decltype(gate)::value, decltype(fp32)::value>(prove, stream);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  if (fused) {
     if (dealt != nullptr)
       if (cudaError_t const error = cudaMemsetAsync(dealt, 0, sizeof(*dealt), stream)) return error;
-    FusedParams const params = {chunk, v_map, v_token_map, p.state,    out,  tensor_tokens,
-                                taken, sms,   walkers,     ring_flags, dealt};
+    FusedParams const params = {chunk, v_map,   v_token_map, p.state, out, tensor_tokens, taken,
+                                sms,   walkers, ring_flags,  dealt,   cut, forgotten};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
-      return launch_fused<decltype(gate)::value, decltype(fp32)::value>(params, sms, stream);
+      auto constexpr kGate = decltype(gate)::value;
+      auto constexpr kFp32 = decltype(fp32)::value;
+      return cuts ? launch_fused<kGate, kFp32, true>(params, sms, stream)
+                  : launch_fused<kGate, kFp32, false>(params, sms, stream);
     });
     if (error != cudaSuccess || !others) return error;
   }
@@ -283,7 +306,8 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
                        reinterpret_cast<Record*>(records + index % slabs.buffers * slabs.records_bytes), carry(index),
                        carry(index + 1)};
     prepare.slab = recurrence.slab = slab;
-    Start const start = index > 0 && slabs.buffers == 2 ? Start::kOverlap : Start::kAlone;
+    bool const overlaps = index > 0 ? slabs.buffers == 2 : cuts;
+    Start const start = overlaps ? Start::kOverlap : Start::kAlone;
     if (slab.end > slab.begin) {
       cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
         return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, start, stream);

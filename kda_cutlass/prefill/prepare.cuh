@@ -39,7 +39,10 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
 
   let_next_kernel_start();  // the recurrence of this slab may take SMs that fall idle; it waits for all CTAs
 
-  if (p.taken != nullptr && *p.taken) return;
+  if (p.taken != nullptr) {
+    if (p.slab.begin == 0) wait_for_previous_kernel();  // which says so
+    if (*p.taken) return;
+  }
 
   Sequences const& sequences = p.chunk.sequences;
   FactorPanels const panels = {smem.panels[0], smem.panels[0], smem.panels[2], smem.panels[4]};
@@ -49,55 +52,49 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  int phase = 0;
-#pragma unroll 1
-  for (int row = blockIdx.y; row < p.slab.end - p.slab.begin; row += gridDim.y) {
-    // ---- which chunk, which head
-    int const head = blockIdx.x, slot = p.slab.begin + row;
-    int const seq = sequences.owner(slot, lane);
-    int64_t const chunk_start = int64_t(slot - sequences.slot_base(seq)) * kChunk;
-    int64_t const remaining = sequences.length(seq) - chunk_start;
-    if (chunk_start < 0 || remaining <= 0) continue;
-    ChunkPlace const at = {sequences.first_token(seq) + chunk_start, static_cast<int>(min(remaining, int64_t(kChunk))),
-                           sequences.batch(seq), head};
-    Record& record = p.slab.records[int64_t(row) * p.chunk.value_heads + head];
+  // ---- which chunk, which head
+  int const head = blockIdx.x, row = blockIdx.y, slot = p.slab.begin + row;
+  int const seq = sequences.owner(slot, lane);
+  int64_t const chunk_start = int64_t(slot - sequences.slot_base(seq)) * kChunk;
+  int64_t const remaining = sequences.length(seq) - chunk_start;
+  if (chunk_start < 0 || remaining <= 0) return outlast_previous_kernel();
+  ChunkPlace const at = {sequences.first_token(seq) + chunk_start, static_cast<int>(min(remaining, int64_t(kChunk))),
+                         sequences.batch(seq), head};
+  Record& record = p.slab.records[int64_t(row) * p.chunk.value_heads + head];
 
-    if (threadIdx.x == 0) {
-      TransactionBarrier::arrive_and_expect_tx(&smem.loaded, kGateBytes<kFp32Gate> + kKeyBytes);
-      request_panels(p.chunk.g_map, &smem.loaded, kFp32Gate ? smem.factor_scratch.fp32_gate[0] : panels.gate, at,
-                     at.head);
-      request_keys(p.chunk, at, &smem.loaded, panels);
-    }
-    int const block = warp % kBlocks;
-    bool const of_q = warp < kBlocks;
-    RawBeta beta;
-    if (!of_q) beta.load(p.chunk, at, block, lane);
-    TransactionBarrier::wait(&smem.loaded, phase);
-    phase ^= 1;
-    Product q_product, k_product, below[2];
-    make_factors<kGate, kFp32Gate, kHalfSteps>(
-        q_product, k_product, p.chunk, at, panels, smem.factor_scratch, smem.factors, 1, warp, lane,
-        [&] { scale_tokens(smem.factor_scratch, smem.factors, p.chunk, at, panels, beta, warp, lane); }, [] {});
-    __syncthreads();
-    SolveRole const role(warp);
-    multiply_below(below, role, smem.factor_scratch, lane);
-    __syncthreads();
-    store_diagonal_parts(smem.solve_scratch, q_product, k_product, warp, lane);
-    for (int j = block + 1; j < kBlocks; ++j) store_to_panel(smem.solved[of_q ? 0 : 1], block, j, Product{}, lane);
-    __syncthreads();
-    solve(solved, smem.solve_scratch, below, role, 1, lane, [] {});
-    cutlass::arch::fence_view_async_shared();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      static_assert(offsetof(Record, t) == sizeof(PrepareSmem::panels) &&
-                    offsetof(Record, a_qk) == offsetof(Record, t) + kPanelBytes);
-      cute::SM90_BULK_COPY_S2G::copy(smem.panels, record.k_decayed, sizeof(smem.panels));
-      cute::SM90_BULK_COPY_S2G::copy(smem.solved, record.t, 2 * kPanelBytes);
-      cute::SM90_BULK_COPY_S2G::copy(&smem.factors, &record.factors, sizeof(ChunkFactors));
-      cute::tma_store_arrive();
-      cute::tma_store_wait<0>();
-    }
-    __syncthreads();
+  if (threadIdx.x == 0) {
+    TransactionBarrier::arrive_and_expect_tx(&smem.loaded, kGateBytes<kFp32Gate> + kKeyBytes);
+    request_panels(p.chunk.g_map, &smem.loaded, kFp32Gate ? smem.factor_scratch.fp32_gate[0] : panels.gate, at,
+                   at.head);
+    request_keys(p.chunk, at, &smem.loaded, panels);
+  }
+  int const block = warp % kBlocks;
+  bool const of_q = warp < kBlocks;
+  RawBeta beta;
+  if (!of_q) beta.load(p.chunk, at, block, lane);
+  TransactionBarrier::wait(&smem.loaded, 0);
+  Product q_product, k_product, below[2];
+  make_factors<kGate, kFp32Gate, kHalfSteps>(
+      q_product, k_product, p.chunk, at, panels, smem.factor_scratch, smem.factors, 1, warp, lane,
+      [&] { scale_tokens(smem.factor_scratch, smem.factors, p.chunk, at, panels, beta, warp, lane); }, [] {});
+  __syncthreads();
+  SolveRole const role(warp);
+  multiply_below(below, role, smem.factor_scratch, lane);
+  __syncthreads();
+  store_diagonal_parts(smem.solve_scratch, q_product, k_product, warp, lane);
+  for (int j = block + 1; j < kBlocks; ++j) store_to_panel(smem.solved[of_q ? 0 : 1], block, j, Product{}, lane);
+  __syncthreads();
+  solve(solved, smem.solve_scratch, below, role, 1, lane, [] {});
+  cutlass::arch::fence_view_async_shared();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    static_assert(offsetof(Record, t) == sizeof(PrepareSmem::panels) &&
+                  offsetof(Record, a_qk) == offsetof(Record, t) + kPanelBytes);
+    cute::SM90_BULK_COPY_S2G::copy(smem.panels, record.k_decayed, sizeof(smem.panels));
+    cute::SM90_BULK_COPY_S2G::copy(smem.solved, record.t, 2 * kPanelBytes);
+    cute::SM90_BULK_COPY_S2G::copy(&smem.factors, &record.factors, sizeof(ChunkFactors));
+    cute::tma_store_arrive();
+    cute::tma_store_wait<0>();
   }
   outlast_previous_kernel();
 }

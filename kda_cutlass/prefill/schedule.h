@@ -34,6 +34,16 @@ struct CallShape {
   int64_t chains() const { return int64_t(num_seqs) * value_heads; }
 };
 
+// Pieces that chains are cut into: piece n owns `chunks` chunks from n * chunks on. All but the first start kWarmUp
+// chunks before their own with a state of zeros, where the gates let them (prove.cuh).
+constexpr int kWarmUp = 1;
+constexpr int kLeastPiece = 4;  // chunks
+constexpr int kMostCuts = 3840;
+struct Cut {
+  int pieces = 1, chunks = 0;
+  KDA_HOST_DEVICE int64_t start(int piece) const { return int64_t(piece) * chunks * kChunk; }  // token of the sequence
+};
+
 // ---- the streamed schedule
 constexpr int kMostWalkers = 64;
 constexpr int kRingRecords = 512;   // of all walkers; what the L2 holds beside the inputs
@@ -47,9 +57,12 @@ KDA_HOST_DEVICE int walkers_team(int walkers, int sms) { return kGroupsAnSm * (s
 // Costs measured on an H200, in microseconds (docs/kernel-notes.md). `longest` of the sequences and `chunks` of all of
 // them are counted in chunks of one head.
 struct Choice {
-  static constexpr float kFusedChunk = 6.3f;   // of a chain in the fused kernel, one chain an SM
+  static constexpr float kFusedChunk = 6.1f;   // of a chain in the fused kernel, one chain an SM
+  static constexpr float kFusedChain = .5f;    // of a chain beside its chunks, in chunks
   static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card
   static constexpr float kSplitStep = 1.f;     // of a chain in the recurrence
+  static constexpr float kProve = 20.f;        // of finding out whether chains may be cut, and of the start
+  static constexpr float kProveStream = 35.f;  // the same before the streamed schedule
   static constexpr float kStreamStep = 1.7f;   // of a chain in a walker of the streamed schedule
   static constexpr float kStreamMake = 10.f;   // of a record in one of its groups of producers
   static constexpr float kStreamStart = 22.f;  // more than the other two need before they are at work
@@ -109,30 +122,60 @@ inline Walkers choose_walkers(CallShape const& call, int64_t each, int sms) {
   return best;
 }
 
+// The cut with which the fused kernel would be done first, and in how many chunks' time.
+struct CutChoice {
+  Cut cut;
+  float chunks;
+};
+inline CutChoice choose_cut(int64_t chains, int64_t each, int sms) {
+  CutChoice best = {{}, float((chains + sms - 1) / sms * each)};
+  for (int64_t pieces = 2; pieces * kLeastPiece <= each && (pieces - 1) * chains <= kMostCuts; ++pieces) {
+    int64_t const chunks = (each + pieces - 1) / pieces;
+    if ((pieces - 1) * chunks >= each) continue;  // fewer pieces of this length do
+    float const longest = (chains * pieces + sms - 1) / sms * (chunks + kWarmUp + Choice::kFusedChain);
+    if (longest < best.chunks) best = {{static_cast<int>(pieces), static_cast<int>(chunks)}, longest};
+  }
+  return best;
+}
+
 // Which schedules a call launches. Two where sequences are packed and their lengths have to decide: the fused kernel, in
 // front, then leaves word whether it did the call, and the other's kernels return at once if so.
 struct Schedules {
   bool fused, split;
   int walkers;  // of the streamed schedule; 0 without it
+  Cut cut;      // into more than one piece: then the fused kernel comes first, and does it where the gates let it
 };
 inline Schedules choose_schedules(CallShape const& call, int sms) {
-  if (call.checkpoints) return {false, true, 0};  // only the recurrence writes them
+  if (call.checkpoints) return {false, true, 0, {}};  // only the recurrence writes them
   int const heads = call.value_heads;
   int64_t const each = (call.tokens * call.batch / call.num_seqs + kChunk - 1) / kChunk, chunks = each * call.num_seqs;
   float const fused_cost = Choice::fused(each, chunks, call.num_seqs, heads, sms),
               split_cost = Choice::split(each, chunks, heads);
   Walkers const walkers = each > 0 ? choose_walkers(call, each, sms) : Walkers{};
-  if (walkers.count > 0 && walkers.cost < std::min(fused_cost, split_cost)) return {false, false, walkers.count};
-  if (split_cost <= fused_cost) return {false, true, 0};
+  bool const streams = walkers.count > 0 && walkers.cost < std::min(fused_cost, split_cost);
+  if (streams || split_cost <= fused_cost) {
+    Cut cut;
+    if (call.one_length()) {
+      CutChoice const choice = choose_cut(call.chains(), each, sms);
+      float const cost = (streams ? Choice::kProveStream : Choice::kProve) + Choice::kFusedChunk * choice.chunks;
+      // Gates that remember pay for the look at them, so there has to be something in it.
+      float const whole = streams ? walkers.cost : split_cost;
+      if (cost < std::max(.8f * whole, whole - 60.f)) cut = choice.cut;
+    }
+    return {false, !streams, streams ? walkers.count : 0, cut};
+  }
   // With many heads one sequence that holds nearly all tokens is not much slower for it.
   bool const any_lengths = Choice::kSplitChunk * heads >= .8f * Choice::kFusedChunk;
-  if (call.one_length() || any_lengths) return {true, false, 0};
-  return {true, walkers.count == 0, walkers.count};
+  if (call.one_length() || any_lengths) return {true, false, 0, {}};
+  return {true, walkers.count == 0, walkers.count, {}};
 }
 
 // ---- the split schedule
 constexpr int64_t kWorkspaceLimit = int64_t(208) << 20;
-constexpr int64_t kFlagBytes = 256;    // of the workspace, in front: Choice's answer, and how many chains are dealt
+// Of the workspace, in front: whether the fused kernel does the call, how many chains are dealt and, from
+// kForgottenBytes on, what was found about cuts.
+constexpr int64_t kFlagBytes = 4096, kForgottenBytes = 256;
+static_assert(kFlagBytes - kForgottenBytes >= kMostCuts);
 constexpr int64_t kLeastSlab = 64;     // slots, below which a slab is not worth its launches
 constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
 

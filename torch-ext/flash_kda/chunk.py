@@ -121,7 +121,8 @@ def chunk_kda(
         raise NotImplementedError("return_intermediate_states: not supported, expected False")
     if chunk_size not in (32, 64):
         raise ValueError(f"chunk_size: expected 32 or 64, got {chunk_size}")
-    if prefill.AVAILABLE and cu_seqlens_cpu is None and not use_graph and not torch.compiler.is_compiling():
+    plain = cu_seqlens_cpu is None and not use_graph and not batch_invariant
+    if prefill.AVAILABLE and plain and not torch.compiler.is_compiling():
         result = prefill.attempt(
             q,
             k,

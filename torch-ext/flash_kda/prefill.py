@@ -24,7 +24,7 @@ RECORD_BYTES = 66304
 STATE_BYTES = HEAD_DIM * HEAD_DIM * 4
 # Longer calls run in slabs that take turns in this much; a slab hands the states of its heads to the next.
 WORKSPACE_LIMIT = 208 << 20
-FLAG_BYTES = 256  # which schedule the lengths of packed sequences asked for, and how many of their chains are dealt
+FLAG_BYTES = 4096  # kFlagBytes in schedule.h
 ALIGNMENT = 16  # bytes: TMA reads rows at such addresses and strides
 WORKSPACE_ALIGNMENT = 256  # bytes
 
@@ -34,7 +34,7 @@ if AVAILABLE:
     _op = ops.prefill.default
 
     @torch.library.register_fake(add_op_namespace_prefix("prefill"))
-    def _(*args) -> None:
+    def _(*args, **kwargs) -> None:
         return None
 
 
@@ -93,6 +93,8 @@ def attempt(
         if not (scale is None or (type(scale) is float and math.isfinite(scale))):
             return None
         if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+            return None
+        if "FLASH_KDA_BATCH_INVARIANT" in os.environ:
             return None
         B, T, _, K = q.shape
         HV = v.shape[2]
@@ -198,6 +200,7 @@ def run(
         call.allow_neg_eigval,
         call.state_v_first,
         *(states or ()),
+        batch_invariant=call.batch_invariant,
     )
     if target is not out:
         out.copy_(target)

@@ -1,0 +1,128 @@
+// Prove: whether the pieces of chains (schedule.h: Cut) may be walked each by itself, from a state of zeros, because the
+// tokens in front of a piece's own forget what came before them.
+//
+// A token turns S into (I - beta k k^T) e^g S. Where the entries of channel d were at most u_d in size, those of e^g S
+// are at most e_d = e^{g_d} u_d, and afterwards at most e_d + |beta k_d| sum_c |k_c| e_c: for any keys, gates and
+// betas. From u = 1 on this gives, after kProofTokens, what is left at most of the largest entry that the state had.
+#pragma once
+
+#include <type_traits>
+
+#include "chunk.cuh"
+#include "state.cuh"
+
+namespace kda {
+
+constexpr int kProofTokens = 48;        // in front of a cut, of the kWarmUp chunks there
+constexpr int kProofBlock = 8;          // tokens that are looked at together
+constexpr float kForgotten = 0x1p-64f;  // of the state, at most, is left
+constexpr float kHopeless = .5f;        // more than this after a block: no need to look at others
+static_assert(kProofTokens % kProofBlock == 0 && kProofTokens <= kWarmUp * kChunk);
+
+// What was found about the cuts: a byte each.
+struct Forgotten {
+  uint8_t* all;
+  int count;
+
+  // By all threads of a CTA: whether the chains may be cut.
+  __device__ __forceinline__ bool holds(int thread, int threads) const {
+    bool here = true;
+    for (int i = thread; i < count; i += threads) here = here && all[i];
+    return __syncthreads_and(here);
+  }
+};
+
+struct ProveParams {
+  ChunkParams chunk;
+  TensorView k, g;
+  StateParams state;
+  Cut cut;
+  Forgotten forgotten;
+};
+
+// Four channels of a token of g or k, as they are in memory.
+template <bool kFp32>
+struct RawChannels {
+  std::conditional_t<kFp32, float4, uint2> raw;
+  __device__ __forceinline__ void load(TensorView const& x, int64_t offset) {
+    using Element = std::conditional_t<kFp32, float, bf16>;
+    raw = __ldg(reinterpret_cast<decltype(raw) const*>(static_cast<Element const*>(x.data) + offset));
+  }
+  __device__ __forceinline__ float4 value() const {
+    if constexpr (kFp32)
+      return raw;
+    else
+      return make_float4(unpack_lo(raw.x), unpack_hi(raw.x), unpack_lo(raw.y), unpack_hi(raw.y));
+  }
+};
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  return x;
+}
+
+// A warp a cut: (head, sequence, piece behind it). A lane has four channels.
+template <Gate kGate, bool kFp32Gate>
+__global__ void __launch_bounds__(32) prove_kernel(const __grid_constant__ ProveParams p) {
+  let_next_kernel_start();
+  int const head = blockIdx.x, seq = blockIdx.y, lane = threadIdx.x, channel = 4 * lane;
+  int64_t const start = p.cut.start(blockIdx.z + 1);
+  Sequences const& sequences = p.chunk.sequences;
+  float4 u = make_float4(1.f, 1.f, 1.f, 1.f);
+  bool forgotten = true;
+  if (start < live_length(sequences, p.state, seq)) {  // the chunks before it are whole, then
+    float const rate = kGate != Gate::kGiven && p.chunk.A_log != nullptr ? exp2f(p.chunk.A_log[head] * kLog2e) : 1.f;
+    float4 bias = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (kGate != Gate::kGiven && p.chunk.dt_bias != nullptr)
+      bias = *reinterpret_cast<float4 const*>(p.chunk.dt_bias + head * kHeadDim + channel);
+    LogDecay<kGate> const decay[4] = {{rate, p.chunk.lower_bound, bias.x},
+                                      {rate, p.chunk.lower_bound, bias.y},
+                                      {rate, p.chunk.lower_bound, bias.z},
+                                      {rate, p.chunk.lower_bound, bias.w}};
+    int const batch = sequences.batch(seq);
+    int64_t const first = sequences.first_token(seq) + start - kProofTokens;
+    int64_t const g_offset = p.g.stride_batch * batch + p.g.stride_head * head + channel,
+                  k_offset = p.k.stride_batch * batch + p.k.stride_head * (head / p.chunk.heads_per_key) + channel;
+    RawChannels<kFp32Gate> raw_g[kProofBlock];
+    RawChannels<false> raw_k[kProofBlock];
+    RawBeta raw_beta;  // lane l has that of token l / 4
+    auto const load = [&](int64_t token) {
+#pragma unroll
+      for (int t = 0; t < kProofBlock; ++t) {
+        raw_g[t].load(p.g, g_offset + p.g.stride_token * (token + t));
+        raw_k[t].load(p.k, k_offset + p.k.stride_token * (token + t));
+      }
+      raw_beta.load(p.chunk, {token, kProofBlock, batch, head}, 0, lane);
+    };
+    load(first);
+#pragma unroll 1
+    for (int64_t token = first; forgotten && token < first + kProofTokens; token += kProofBlock) {
+      float4 a[kProofBlock], k[kProofBlock];  // e^g, |k| times the root of |beta|
+      float const beta = raw_beta.value(p.chunk, 0);
+#pragma unroll
+      for (int t = 0; t < kProofBlock; ++t) {
+        float4 const g = raw_g[t].value(), raw = raw_k[t].value();
+        a[t] = make_float4(exp2_approx(decay[0](g.x)), exp2_approx(decay[1](g.y)), exp2_approx(decay[2](g.z)),
+                           exp2_approx(decay[3](g.w)));
+        float scale = sqrtf(fabsf(__shfl_sync(0xffffffffu, beta, 4 * t)));
+        if (p.chunk.qk_l2norm)
+          scale *= rsqrt_approx(warp_sum(raw.x * raw.x + raw.y * raw.y + raw.z * raw.z + raw.w * raw.w) + 1e-6f);
+        k[t] = make_float4(fabsf(raw.x) * scale, fabsf(raw.y) * scale, fabsf(raw.z) * scale, fabsf(raw.w) * scale);
+      }
+      load(min(token + kProofBlock, first + kProofTokens - kProofBlock));
+#pragma unroll
+      for (int t = 0; t < kProofBlock; ++t) {
+        u = make_float4(a[t].x * u.x, a[t].y * u.y, a[t].z * u.z, a[t].w * u.w);
+        float const read = warp_sum((k[t].x * u.x + k[t].y * u.y) + (k[t].z * u.z + k[t].w * u.w));
+        u = make_float4(u.x + k[t].x * read, u.y + k[t].y * read, u.z + k[t].z * read, u.w + k[t].w * read);
+      }
+      // A NaN is not less than anything.
+      forgotten = __all_sync(0xffffffffu, u.x < kHopeless && u.y < kHopeless && u.z < kHopeless && u.w < kHopeless);
+    }
+    forgotten = __all_sync(0xffffffffu, u.x < kForgotten && u.y < kForgotten && u.z < kForgotten && u.w < kForgotten);
+  }
+  if (lane == 0) p.forgotten.all[(blockIdx.z * gridDim.y + seq) * gridDim.x + head] = forgotten;
+}
+
+}  // namespace kda
