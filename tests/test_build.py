@@ -264,7 +264,8 @@ def test_cuda_operators(cuda_variant, kernel):
         "bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first, "
         "Tensor? ssm_state_indices=None, Tensor? has_initial_state=None, bool final_state_in_slots=False, "
         "int min_state_index=0, Tensor(d!)? checkpoint_state=None, Tensor? checkpoint_offsets=None, "
-        "Tensor? checkpoint_indices=None, Tensor? checkpoint_indptr=None, int checkpoint_multiple=16) -> ()"
+        "Tensor? checkpoint_indices=None, Tensor? checkpoint_indptr=None, int checkpoint_multiple=16, "
+        "bool batch_invariant=False) -> ()"
     )
     wanted = [kernel.prefill.workspace_size(B, T, N, HV, packed) for T, B, N, HV, packed in WORKSPACES]
     assert answer["sizes"] == wanted

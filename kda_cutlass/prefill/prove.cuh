@@ -3,7 +3,8 @@
 //
 // A token turns S into (I - beta k k^T) e^g S. Where the entries of channel d were at most u_d in size, those of e^g S
 // are at most e_d = e^{g_d} u_d, and afterwards at most e_d + |beta k_d| sum_c |k_c| e_c: for any keys, gates and
-// betas. From u = 1 on this gives, after kProofTokens, what is left at most of the largest entry that the state had.
+// betas. From u = 1 on this gives, after kProofTokens, what is left at most of the largest entry that the state had
+// before them (or that what a start from zeros leaves out of it had).
 #pragma once
 
 #include <type_traits>

@@ -91,8 +91,9 @@ def chunk_kda(
             ``use_gate_in_kernel``.
         chunk_size: 32 or 64, without effect on the result but for rounding; 64 is always used.
         batch_invariant: the bits of a sequence's result depend on that sequence alone, not on what shares the batch.
-            The CUDA kernel's schedule always has this property; the PyTorch path then walks sequences one by one.
-            Default False.
+            The PyTorch path then walks sequences one by one. The CUDA kernel does not cut a few long sequences where
+            all their gates forget, which else leaves out less than 2^-64 of a state; its other schedules give the same
+            bits in any batch. Default False.
         transpose_state_layout: FLA's deprecated name of ``state_v_first``.
 
     Returns:
