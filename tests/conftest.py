@@ -1,8 +1,11 @@
 """Every test uses the package as its users do: built into build/<variant>/ and loaded through `kernels.get_kernel`."""
 
+import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,42 @@ KERNELS_CI = {
     "test_report",
     "test_serving",
 }
+
+
+def too_new(library: Path) -> list:
+    """What a library asks for that manylinux_2_28 does not have."""
+    from kernel_abi_check import ObjectFile
+
+    return ObjectFile(library).check_manylinux("manylinux_2_28")
+
+
+# Of the C++ library, what asks most of the C library where it is linked statically.
+PROBE = """
+#include <random>
+#include <stdexcept>
+#include <string>
+extern "C" unsigned probe(const char* text) {
+  try {
+    throw std::runtime_error(std::string(text));
+  } catch (std::exception const& error) {
+    return std::random_device(error.what())();
+  }
+}
+"""
+
+
+@functools.cache
+def system_too_new() -> str:
+    """Why no C++ library that is linked on this machine loads on manylinux_2_28; empty where that is not so."""
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if compiler is None:
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text(PROBE)
+        subprocess.run([compiler, "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
+        found = too_new(library)
+    return f"{compiler} links for a newer system: {found[0]}" if found else ""
 
 
 def pytest_configure(config):

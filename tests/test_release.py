@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import KERNELS_CI, REPO_ID, ROOT
+from conftest import KERNELS_CI, REPO_ID, ROOT, system_too_new, too_new
 from kernels.variants import parse_variant, resolve_variant
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -24,15 +24,21 @@ import release
 SPEC = kernel_build.Spec(ROOT)
 
 
+def natives() -> list[Path]:
+    return list((ROOT / "build").glob("torch-stable-abi*"))
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """The Python-only variants of the present sources, and the CUDA one where it has been built."""
+    """The Python-only variants of the present sources, and the CUDA one where it has been built, unless it was by a
+    compiler whose libraries are too new for a release."""
     folder = tmp_path_factory.mktemp("build")
     for backend in ("cpu", "torch-cuda"):
         command = [sys.executable, ROOT / "tools" / "build.py", "--backend", backend, "--output", folder]
         subprocess.run(command, check=True, capture_output=True)
-    for native in (ROOT / "build").glob("torch-stable-abi*"):
-        shutil.copytree(native, folder / native.name)
+    for native in natives():
+        if not system_too_new():
+            shutil.copytree(native, folder / native.name)
     return folder
 
 
@@ -57,6 +63,17 @@ def test_a_release_has_no_problems(hub, built):
     assert {p.name for p in hub.iterdir()} == {"main", "v1"}
     assert {p.name for p in (hub / "v1" / "build").iterdir()} == {p.name for p in built.iterdir()}
     assert [p.name for p in (hub / "v1" / "benchmarks").iterdir()] == ["benchmark_prefill.py"]
+
+
+@pytest.mark.skipif(not system_too_new() or not natives(), reason="needs a library of a newer system")
+def test_a_library_of_a_newer_system_is_refused(built, tmp_path):
+    shutil.copytree(built, tmp_path / "build")
+    for native in natives():
+        shutil.copytree(native, tmp_path / "build" / native.name)
+    release.assemble(SPEC, tmp_path / "build", tmp_path / "hub")
+    portable = [all(too_new(library) == [] for library in native.glob("*.so")) for native in natives()]
+    refused = [x for x in problems(tmp_path / "hub") if "breaks manylinux_2_28" in x]
+    assert bool(refused) != all(portable)
 
 
 def test_the_card_is_filled_in(hub, kernel):
