@@ -200,7 +200,7 @@ def test_channels_that_hand_a_state_on(kernel, monkeypatch):
     args["beta"].fill_(1)
     args["v"][:, 64:] = 0
     o, state = kernel.chunk_kda(**args)
-    assert o[:, 256:320].abs().max() > 1e-6  # behind the first cut
+    assert o[:, 256:320].abs().max() > 1e-5  # behind the first cut
     for x, whole in zip((o, state), kernel.chunk_kda(**args, batch_invariant=True)):
         assert torch.equal(x, whole)
 

@@ -41,6 +41,7 @@ TOOL_VERSION = "1"
 PYTHON_ABI = (3, 9)  # the limited API the extension is built against, and so the oldest Python that loads it
 CUTLASS_PACKAGE = "nvidia-cutlass==4.2.0.0"  # the headers on PyPI
 GLIBC = (2, 28)  # the oldest C library that loads it: manylinux_2_28
+LIBSTDCXX = (3, 4, 24)  # the C++ library of that time
 
 
 class BuildError(Exception):
@@ -403,6 +404,16 @@ def older_glibc_symbols() -> str:
     return "".join(f"{name} {name}@GLIBC_{max(usable[name], key=version_tuple)}\n" for name in moved)
 
 
+def newer_needs(library: Path) -> list[str]:
+    """What a library asks of the C and C++ libraries beyond manylinux_2_28; empty but for compilers of newer systems."""
+    asked = re.findall(r" U .*@(GLIBC|GLIBCXX)_([\d.]+)$", output("nm", "-D", library), re.MULTILINE)
+    oldest = {"GLIBC": GLIBC, "GLIBCXX": LIBSTDCXX}
+    newest = {}
+    for name, version in asked:
+        newest[name] = max(newest.get(name, oldest[name]), version_tuple(version))
+    return [f"{name} {'.'.join(map(str, newest[name]))}" for name in oldest if newest.get(name, ()) > oldest[name]]
+
+
 def cmake_list(items) -> str:
     return ";".join(str(item) for item in items)
 
@@ -525,6 +536,10 @@ def build_alone(spec: Spec, variant: Variant, args: argparse.Namespace) -> Path:
     stage(spec, variant, build_id, package, library, target)
     shown = target.relative_to(spec.root) if target.is_relative_to(spec.root) else target
     say(f"{shown}: {build_id}, {time.monotonic() - start:.1f} s")
+    if library and (needs := newer_needs(library)):
+        say(
+            f"note: it loads only on systems with {' and '.join(needs)}, as this compiler makes it; no release takes it"
+        )
     return target
 
 
