@@ -128,7 +128,7 @@ def workspace_bytes(ours, row: Row, device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     sequences = len(row.seq_lens)
-    return ours.prefill.workspace_size(1, row.tokens, sequences, row.hv, row.packed)
+    return ours.prefill.needed_workspace(1, row.tokens, sequences, row.hv, row.packed, False, device)
 
 
 def environment(device: torch.device, fla_version: str | None) -> dict:

@@ -116,6 +116,51 @@ def test_few_long_chains(kernel, monkeypatch, gate, sizes):
     like_a_few_heads_alone(kernel, KERNEL, gate, **sizes)
 
 
+# Sizes of calls some of whose chains two CTAs share (test_schedule.py sees to that): one chain more than an H200 has SMs,
+# one or two rounds and a part of one, last chunks whole and partial.
+SHARED = [
+    dict(B=1, T=700, H=19, HV=133),
+    dict(B=5, T=512, H=27, HV=27),
+    dict(B=3, T=390, H=50, HV=100),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "gate, sizes", [*((gate, SHARED[0]) for gate in [*GATES, "strong"]), *(("softplus", s) for s in SHARED[1:])]
+)
+def test_somewhat_more_chains_than_sms(kernel, monkeypatch, gate, sizes):
+    """A chain that changes hands keeps its bits."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    like_a_few_heads_alone(kernel, KERNEL, gate, **sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("v_first", [False, True], ids=["K-first", "V-first"])
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_somewhat_more_chains_than_sms_packed(kernel, monkeypatch, state, v_first):
+    """The device finds whether they have one length, in each replay of a graph anew."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    every = [[210] * 5, [200, 260, 170, 210, 210], [0, 1050, 0, 0, 0], [193, 256, 200, 201, 200], [0] * 5, [210] * 5]
+    args = make(KERNEL, H=27, lengths=every[0], state_v_first=v_first)
+    args["initial_state"] = make_state(KERNEL, args, state)
+    cu = args["cu_seqlens"]
+    kernel.chunk_kda(**args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        o, final = kernel.chunk_kda(**args)
+    for lengths in every:
+        cu.copy_(lengths_to_cu(lengths, "cuda"))
+        o.fill_(math.nan), final.fill_(math.nan)
+        graph.replay()
+        for n, length in enumerate(lengths):
+            own = slice(sum(lengths[:n]), sum(lengths[: n + 1]))
+            alone = {**args, **{name: args[name][:, own] for name in ("q", "k", "v", "g", "beta")}, "cu_seqlens": None}
+            alone["initial_state"] = args["initial_state"][n : n + 1].contiguous()
+            expected_o, expected_final = kernel.chunk_kda(**alone)
+            assert torch.equal(o[:, own], expected_o) and torch.equal(final[n : n + 1], expected_final)
+
+
 @pytest.mark.gpu
 def test_a_long_sequence_packed(kernel, monkeypatch):
     """The host knows T; the device finds less."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kda import CUT, STREAMED
+from test_kda import CUT, SHARED, STREAMED
 
 SCHEDULE = Path(__file__).parents[1] / "kda_cutlass" / "prefill" / "schedule.h"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -31,9 +31,9 @@ int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpo
     long long const size = kda::workspace_size(call);
     kda::Slabs const slabs = kda::make_slabs(call, workspace > 0 ? workspace : size, sms);
     int const ring = s.walkers > 0 ? kda::ring_slots(call, s.walkers, workspace > 0 ? workspace : size) : 0;
-    std::printf("{\"fused\": %d, \"split\": %d, \"walkers\": %d, \"ring\": %d, \"pieces\": %d, \"piece_chunks\": %d, \"workspace\": %lld, \"slots\": %d, \"slab_slots\": %d, \"buffers\": %d, "
+    std::printf("{\"fused\": %d, \"split\": %d, \"walkers\": %d, \"ring\": %d, \"shares\": %d, \"needed\": %lld, \"pieces\": %d, \"piece_chunks\": %d, \"workspace\": %lld, \"slots\": %d, \"slab_slots\": %d, \"buffers\": %d, "
                 "\"split_values\": %d, \"records\": %lld, \"carry\": %lld}\n", s.fused, s.split, s.walkers, ring,
-                s.cut.pieces, s.cut.chunks, size,
+                kda::shares(call, sms), (long long)kda::needed_workspace(call, sms), s.cut.pieces, s.cut.chunks, size,
                 slabs.slots, slabs.slab_slots, slabs.buffers, slabs.split_values, (long long)slabs.records_bytes,
                 (long long)slabs.carry_bytes);
     std::fflush(stdout);
@@ -43,23 +43,37 @@ int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpo
 
 
 @pytest.fixture(scope="module")
-def ask(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("schedule")
-    (folder / "ask.cpp").write_text(ASK)
-    command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Werror", f"-I{SCHEDULE.parent}", "ask.cpp", "-o", "ask"]
-    subprocess.run(command, cwd=folder, check=True)
-    with subprocess.Popen([folder / "ask"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+def compiled(tmp_path_factory):
+    def program(name, source):
+        """What answers a line in JSON."""
+        folder = tmp_path_factory.mktemp("schedule")
+        (folder / "main.cpp").write_text(source)
+        command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Werror", f"-I{SCHEDULE.parent}", "main.cpp", "-o", name]
+        subprocess.run(command, cwd=folder, check=True)
+        with subprocess.Popen([folder / name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+            def answer(line):
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+                return json.loads(process.stdout.readline())
+
+            yield answer
+            process.stdin.close()
+
+    return program
+
+
+@pytest.fixture(scope="module")
+def ask(compiled):
+    for answer in compiled("ask", ASK):
 
         def of(heads, lengths=None, *, tokens=None, batch=1, sequences=None, checkpoints=False, workspace=0, sms=SMS):
             packed = lengths is not None and len(lengths) > 1 or sequences is not None
             tokens = sum(lengths) if tokens is None else tokens
             sequences = sequences if sequences is not None else len(lengths) if lengths is not None else batch
-            process.stdin.write(f"{tokens} {batch} {sequences} {heads} {packed:d} {checkpoints:d} {workspace} {sms}\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
+            return answer(f"{tokens} {batch} {sequences} {heads} {packed:d} {checkpoints:d} {workspace} {sms}")
 
         yield of
-        process.stdin.close()
 
 
 MIX = [1300, 547, 2048, 963, 271, 3063]
@@ -123,6 +137,45 @@ def test_chains_are_cut_where_that_may_pay(ask, heads, lengths, pieces):
     assert ask(heads, lengths)["pieces"] == pieces
 
 
+@pytest.mark.parametrize(
+    "heads, lengths, shares",
+    [
+        (133, [4096], True),
+        (132, [4096], False),
+        (27, [1024] * 5, True),
+        (45, [2048] * 3, True),
+        (32, [1024] * 8, False),  # two rounds of which 97 % are chains
+        (96, [1024] * 8, False),
+        (96, MIX, False),  # unequal lengths pay for it, so there has to be more in it
+        (12, [8192], False),
+    ],
+)
+def test_chains_are_shared_where_that_pays(ask, heads, lengths, shares):
+    assert ask(heads, lengths)["shares"] == shares
+
+
+@pytest.mark.parametrize("sizes", SHARED, ids=str)
+def test_what_the_tests_of_shared_chains_call(ask, sizes):
+    answer = ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"])
+    assert answer["shares"] and answer["fused"]
+    assert ask(27, [210] * 5)["shares"]
+
+
+@pytest.mark.parametrize(
+    "heads, lengths, megabytes",
+    [
+        (96, [1024] * 8, 0),  # fused: flags
+        (133, [4096], 8),  # states on their way from one CTA to another
+        (32, [8192], 36),  # streamed: the ring
+        (32, [1024] * 8, 36),
+        (8, [8192], 66),  # split
+        (8, [65536], 208),
+    ],
+)
+def test_a_call_asks_for_what_it_takes(ask, heads, lengths, megabytes):
+    assert round(ask(heads, lengths)["needed"] / 2**20) == megabytes
+
+
 @pytest.mark.parametrize("sizes", CUT, ids=str)
 def test_what_the_tests_of_cut_chains_call(ask, sizes):
     assert ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"])["pieces"] > 1
@@ -155,7 +208,7 @@ calls = {
 @given(**calls, times=st.integers(1, 4))
 def test_every_call_is_served_within_its_workspace(ask, heads, tokens, count, packed, sms, checkpoints, times):
     shape = {"sequences": count} if packed else {"batch": count}
-    size = ask(heads, tokens=tokens, checkpoints=checkpoints, sms=sms, **shape)["workspace"]
+    size = ask(heads, tokens=tokens, checkpoints=checkpoints, sms=sms, **shape)["needed"]
     answer = ask(heads, tokens=tokens, checkpoints=checkpoints, sms=sms, workspace=size * times, **shape)
     assert answer["fused"] or answer["split"] or answer["walkers"]
     if answer["walkers"]:
@@ -166,8 +219,11 @@ def test_every_call_is_served_within_its_workspace(ask, heads, tokens, count, pa
         assert answer["ring"] >= 8
         assert FLAGS + 2 * answer["carry"] + answer["walkers"] * answer["ring"] * 66304 <= size * times
     one = FLAGS + 2 * answer["carry"] + heads * 66304
-    assert size <= max(LIMIT, one)
-    assert FLAGS + 2 * answer["carry"] + answer["buffers"] * answer["records"] <= max(size * times, one)
+    assert size <= min(answer["workspace"], max(LIMIT, one))
+    if answer["split"] or answer["walkers"]:
+        assert FLAGS + 2 * answer["carry"] + answer["buffers"] * answer["records"] <= max(size * times, one)
+    if answer["fused"] and answer["shares"]:
+        assert FLAGS + sms * 65536 <= size
     assert answer["slots"] >= -(-tokens // 64) * (1 if packed else count)  # a slot for each chunk
     if answer["pieces"] > 1:
         assert (not packed or count == 1) and not checkpoints and not answer["fused"]
@@ -185,3 +241,53 @@ def test_python_knows_the_workspace(ask, kernel, heads, tokens, count, packed):
     expected = ask(heads, tokens=tokens, **shape)["workspace"]
     assert kernel.prefill.workspace_size(1 if packed else count, tokens, count, heads, packed) == expected
     assert kernel.get_workspace_size(tokens, heads, count) >= ask(heads, tokens=tokens, sequences=count)["workspace"]
+
+
+DEAL = r"""
+#include <cstdio>
+#include "schedule.h"
+int main() {  // chains chunks ctas: of each CTA the chain, first and last chunk of what it walks, in its order
+  int chains, chunks, ctas;
+  while (std::scanf("%d %d %d", &chains, &chunks, &ctas) == 3) {
+    std::printf("[");
+    for (int cta = 0; cta < ctas; ++cta) {
+      kda::Portion const x = kda::deal_portion(chains, chunks, cta, ctas);
+      std::printf("%s[", cta > 0 ? ", " : "");
+      bool first = true;
+      for (int turn = 0, item; (item = x.item(turn, chains, cta, ctas)) < kda::Portion::kPieces * chains; ++turn) {
+        if (item < 0) continue;
+        int const piece = item / chains;
+        std::printf("%s[%d, %d, %d]", first ? "" : ", ", item % chains, piece == 2 ? x.rest_chunk : 0,
+                    piece == 1 ? x.front_chunks : chunks);
+        first = false;
+      }
+      std::printf("]");
+    }
+    std::printf("]\n");
+    std::fflush(stdout);
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def deal(compiled):
+    yield from compiled("deal", DEAL)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ctas=st.sampled_from([1, 2, 3, 7, SMS]), more=st.integers(1, 300), chunks=st.integers(0, 40))
+def test_shared_chains_are_dealt_evenly(deal, ctas, more, chunks):
+    chains = ctas + more
+    portions = deal(f"{chains} {chunks} {ctas}")
+    sizes = [sum(end - begin for _, begin, end in portion) for portion in portions]
+    assert max(sizes) - min(sizes) <= 1
+    walked = sorted(piece for portion in portions for piece in portion)
+    whole = [[chain, chunk] for chain in range(chains) for chunk in range(chunks)]
+    assert [[chain, chunk] for chain, begin, end in walked for chunk in range(begin, end)] == whole
+    for cta, portion in enumerate(portions):
+        for turn, (chain, begin, end) in enumerate(portion):
+            if end < chunks:  # the front: before all else; the next CTA goes on with it, after all else
+                assert turn == 0 and begin == 0 and portions[cta + 1][-1] == [chain, end, chunks]
+            if begin > 0:
+                assert turn == len(portion) - 1

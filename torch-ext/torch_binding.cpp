@@ -112,6 +112,12 @@ int64_t prefill_workspace_size(int64_t tokens_per_batch, int64_t batch, int64_t 
                                      narrow(value_heads, "HV"), packed);
 }
 
+int64_t prefill_workspace_needed(int64_t tokens_per_batch, int64_t batch, int64_t num_seqs, int64_t value_heads,
+                                 bool packed, bool checkpoints, int64_t sms) {
+  return kda::prefill_workspace_needed(tokens_per_batch, narrow(batch, "B"), narrow(num_seqs, "N"),
+                                       narrow(value_heads, "HV"), packed, checkpoints, narrow(sms, "sms"));
+}
+
 void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
              const std::optional<Tensor>& A_log, const std::optional<Tensor>& dt_bias,
              const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens, Tensor& out,
@@ -249,9 +255,6 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
   params.allow_neg_eigval = allow_neg_eigval;
   params.batch_invariant = batch_invariant;
 
-  const int64_t wanted = kda::prefill_workspace_size(T, params.batch, params.num_seqs, params.value_heads, packed);
-  STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Byte && workspace.numel() >= wanted,
-                  "prefill: workspace must be ", wanted, " bytes of uint8, got ", workspace.numel());
   contiguous(workspace, q, "workspace");
   check_alignment(workspace, kWorkspaceAlignment, "workspace");
   params.workspace = workspace.data_ptr();
@@ -259,6 +262,10 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
 
   if (N == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const int64_t wanted = kda::prefill_workspace_needed(T, params.batch, params.num_seqs, params.value_heads, packed,
+                                                       checkpoint_state.has_value(), 0);
+  STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Byte && workspace.numel() >= wanted,
+                  "prefill: workspace must be ", wanted, " bytes of uint8, got ", workspace.numel());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
   const cudaError_t error = kda::launch_prefill(params, static_cast<cudaStream_t>(stream));
@@ -435,6 +442,9 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, "
       "bool state_v_first, bool inplace_final_state, int min_state_index) -> ()");
   ops.def("prefill_workspace_size(int tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed) -> int");
+  ops.def(
+      "prefill_workspace_needed(int tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed, "
+      "bool checkpoints, int sms) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
@@ -444,6 +454,7 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CompositeExplicitAutograd, ops) {
   ops.impl("prefill_workspace_size", TORCH_BOX(&prefill_workspace_size));
+  ops.impl("prefill_workspace_needed", TORCH_BOX(&prefill_workspace_needed));
 }
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

@@ -24,6 +24,8 @@ void prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k, con
 // Bytes of workspace that `prefill` asks for; flash_kda.prefill.workspace_size computes the same in Python.
 int64_t prefill_workspace_size(int64_t tokens_per_batch, int64_t batch, int64_t num_seqs, int64_t value_heads,
                                bool packed);
+int64_t prefill_workspace_needed(int64_t tokens_per_batch, int64_t batch, int64_t num_seqs, int64_t value_heads,
+                                 bool packed, bool checkpoints, int64_t sms);
 
 void decode(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
             const torch::stable::Tensor& g, const torch::stable::Tensor& beta,

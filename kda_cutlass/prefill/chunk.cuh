@@ -153,8 +153,7 @@ template <bool kFp32Gate>
 constexpr int kGateBytes = (kFp32Gate ? 2 : 1) * kOperandBytes;
 constexpr int kKeyBytes = 2 * kOperandBytes;
 
-// For scale_tokens(), in the warps that do k there: beta of two tokens of a block, lane / 4 and 8 after it, as it lies in
-// memory.
+// Beta of two tokens of a block, lane / 4 and 8 after it, as it lies in memory.
 struct RawBeta {
   uint32_t bits[2] = {};
   __device__ __forceinline__ void load(ChunkParams const& p, ChunkPlace at, int block, int lane) {
@@ -363,6 +362,9 @@ __device__ __forceinline__ void invert_diagonal(Block& a, int lane) {
   __syncwarp();
 }
 
+// Blocks have the more to do the earlier they come. Warps w and w + 4 share a scheduler.
+__device__ __forceinline__ int factor_block(int warp) { return warp < kBlocks ? warp : 2 * kBlocks - 1 - warp; }
+
 // Calls f(h, token, 1 / |x|) for the tokens of a block of q or k, each by one lane: h = 0 or 1 for the block's token
 // lane / 4 or 8 after it. By a warp. Squares are summed on the diagonal of the block's product with itself.
 template <class F>
@@ -411,14 +413,26 @@ __device__ __forceinline__ void scale_keys(FactorScratch& scratch, ChunkFactors&
   });
 }
 
-// The scales of a chunk's tokens, by eight warps: the first four do q, the others k, whose beta they have.
+// The scales of a chunk's tokens that a warp of eight finds, of one block: those of k, whose beta it has, or q, or both.
+struct ScaleRole {
+  int block;
+  bool keys, queries;
+
+  // All the same.
+  static __device__ __forceinline__ ScaleRole even(int warp) {
+    return {warp % kBlocks, warp >= kBlocks, warp < kBlocks};
+  }
+  // The more the less a warp has to do for the chunk before (factor_block), so that all are at the vote together.
+  static __device__ __forceinline__ ScaleRole balanced(int warp) {
+    int const own = factor_block(warp), second = warp / kBlocks;
+    return {own == 3 ? second : 2 + second, own >= 2, own % 2 == 1};
+  }
+};
 __device__ __forceinline__ void scale_tokens(FactorScratch& scratch, ChunkFactors& factors, ChunkParams const& p,
-                                             ChunkPlace at, FactorPanels const& panels, RawBeta const& beta, int warp,
-                                             int lane) {
-  if (warp < kBlocks)
-    scale_queries(scratch, p, at, panels.q, warp, lane);
-  else
-    scale_keys(scratch, factors, p, at, panels.k, beta, warp % kBlocks, lane);
+                                             ChunkPlace at, FactorPanels const& panels, RawBeta const& beta,
+                                             ScaleRole const& role, int lane) {
+  if (role.queries) scale_queries(scratch, p, at, panels.q, role.block, recomputed(lane));
+  if (role.keys) scale_keys(scratch, factors, p, at, panels.k, beta, role.block, recomputed(lane));
 }
 
 // The named barrier of the eight warps that do a step.
@@ -435,9 +449,6 @@ __device__ __forceinline__ bool sync_chunk_warps_and(int barrier, bool vote) {
   return all;
 }
 
-// Blocks have the more to do the earlier they come. Warps w and w + 4 share a scheduler.
-__device__ __forceinline__ int factor_block(int warp) { return warp < kBlocks ? warp : 2 * kBlocks - 1 - warp; }
-
 // The first step: panels and scratch.low, k_rows and columns. `warp` is 0 to 7; the gate is there already. Returns the
 // warp's parts of its diagonal block's products. All call `scale()`, which returns when no warp reads the chunk before any
 // more, and once all have called it q, k and the tokens' scales are there; and `before_scratch()` before anything is
@@ -453,6 +464,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
   int const tokens = at.tokens - kBlock * block;  // of this block, if positive
   // Of 16 channels s of the half's panel: ^ s << 5.
   uint32_t const lane_offset = panel_offset(kBlock * block + (matrix & 1) * 8 + (lane & 7), matrix >> 1);
+  uint32_t const lane_low_offset = FactorScratch::low_offset((matrix & 1) * 8 + (lane & 7), matrix >> 1);
   char* const q_panel = panels.q + half * kPanelBytes;
   char* const k_panel = panels.k + half * kPanelBytes;
   char* const gate_panel = panels.gate + half * kPanelBytes;
@@ -608,7 +620,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
 #pragma unroll kUnroll
       for (int s = 0; s < kHalfSteps; ++s) {
         uint32_t const offset = lane_offset ^ s << 5;
-        uint32_t const low_offset = FactorScratch::low_offset((matrix & 1) * 8 + (lane & 7), 2 * s + (matrix >> 1));
+        uint32_t const low_offset = (lane_low_offset ^ s << 5) + s * sizeof(Fragment);
         int const step = kHalfSteps * half + s;
         uint32_t high_halves[4], low_halves[4], q_raw[4], k_raw[4];
         ldmatrix_x4(high_halves, gate_panel + offset);

@@ -4,8 +4,9 @@
 // Two warpgroups make factors (chunk.cuh) of a chunk. Two others, with half of the value channels each, solve the chunk
 // before it and carry the state through it (state.cuh). Raw q, k and g arrive where their factors go; the output leaves
 // from where the values came. CTAs are persistent, so that the next chain's first chunk is made ready while the last
-// one's outputs are still computed. Chains of one length are dealt in turn; of unequal lengths, whoever is free takes
-// the next of the longest. Where the gates let it (prove.cuh), a few long chains are cut into pieces to fill the card.
+// one's outputs are still computed. Chains of one length are dealt in turn, or shared where that would leave many CTAs
+// without work at the end (Portion in schedule.h); of unequal lengths, whoever is free takes the next of the longest.
+// Where the gates let it (prove.cuh), a few long chains are cut into pieces to fill the card.
 #pragma once
 
 #include <cuda.h>
@@ -16,51 +17,73 @@
 
 namespace kda {
 
+// States of shared chains that a CTA hands to the next, in the workspace.
+struct HandOver {
+  int* warps;     // [CTAs] that have left their part of it, 0 at first
+  float* states;  // [CTAs][value, key]
+
+  // Of the CTA before, which has begun no later and has waited for nobody until it leaves this.
+  __device__ __forceinline__ void wait() const {
+    while (load_acquire(warps + blockIdx.x - 1) < kChunkThreads / 32) {
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void tell(int lane) const {
+    __syncwarp();
+    if (lane == 0) add_release(warps + blockIdx.x, 1);
+    __syncwarp();
+  }
+};
+
 struct FusedParams {
   ChunkParams chunk;
-  CUtensorMap v_map;        // boxes of one panel of 64 tokens of one head
-  CUtensorMap v_token_map;  // the same of one token
-  StateParams state;
-  OutputParams out;
-  int tensor_tokens;  // T
-  int* taken;         // where to say whether this kernel does the call; null where the host has decided that it does
-  int sms, walkers;   // of the streamed schedule, which does it otherwise; no walkers: the split one does
-  RingFlags* flags;   // which that one wants to find empty
-  int* dealt;         // how many chains are dealt, 0 at first; null where all have one length
+  ValueParams values;
+  int* taken;        // where to say whether this kernel does the call; null where the host has decided that it does
+  int sms, walkers;  // of the streamed schedule, which does it otherwise; no walkers: the split one does
+  RingFlags* flags;  // which that one wants to find empty
+  int* dealt;        // how many chains are dealt, 0 at first; null where all have one length
   Cut cut;
   Forgotten forgotten;  // what has to hold for the cut; null without one
+  HandOver hand_over;   // where chains are shared
 };
 
 constexpr int kFusedThreads = 2 * kChunkThreads;
 
 // The chunks of a CTA's chains (sequence, head), one after another, as far as they are asked for.
 struct ChunkWalk {
-  int item, chunk, chunks;
+  int turn;                 // where chains are shared
+  int item, chunk, chunks;  // item: -1 in a turn without one
   int64_t first_token, length;
 };
-// What is walked at a stretch: a chain, or a piece of one where they are cut. First all chains' first pieces.
-template <bool kCut>
+// What is walked at a stretch: a chain, or a piece of one where they are cut or shared. First all chains' first pieces;
+// of shared ones 0 is the whole, 1 the front, which is handed over, and 2 the rest.
+template <Dealing kDealing>
 struct Item {
   int seq, head;
   int64_t begin, end;  // tokens of the sequence
   int silent = 0;      // of these, in front, whose outputs are the piece's before
-  bool to_end = true;  // where the final state is left
+  bool handed_over = false, to_end = true;
 
-  __device__ __forceinline__ Item(FusedParams const& p, int item, int chains) {
-    int const piece = kCut ? item / chains : 0, chain = item - piece * chains;
+  __device__ __forceinline__ Item(FusedParams const& p, Portion const& portion, int item, int chains) {
+    int const piece = kDealing == Dealing::kWhole ? 0 : item / chains, chain = item - piece * chains;
     seq = chain / p.chunk.value_heads, head = chain - seq * p.chunk.value_heads;
-    int64_t const length = live_length(p.chunk.sequences, p.state, seq);
+    int64_t const length = live_length(p.chunk.sequences, p.values.state, seq);
     begin = 0, end = length;
-    if constexpr (kCut) {
+    if constexpr (kDealing == Dealing::kCut) {
       int64_t const own = p.cut.start(piece), next = p.cut.start(piece + 1);
       if (piece > 0) silent = kWarmUp * kChunk;
       to_end = piece + 1 == p.cut.pieces || next >= length;
       begin = own - silent, end = to_end ? length : next;
       if (piece > 0 && own >= length) begin = end, to_end = false;  // the chain has fewer pieces
     }
+    if constexpr (kDealing == Dealing::kShared) {
+      handed_over = piece == 2, to_end = piece != 1;
+      if (piece == 1) end = min(length, int64_t(portion.front_chunks) * kChunk);
+      if (piece == 2) begin = min(length, int64_t(portion.rest_chunk) * kChunk);
+    }
   }
   __device__ __forceinline__ int64_t tokens() const { return end - begin; }
-  __device__ __forceinline__ bool from_start() const { return silent == 0; }
+  __device__ __forceinline__ bool from_start() const { return silent == 0 && !handed_over; }
 };
 constexpr int kMostOrdered = 448;  // sequences, what shared memory holds; more are dealt in turn
 
@@ -73,11 +96,12 @@ struct FusedSmem {
   char a_qk[kPanelBytes];
   Pipeline pipe;
   ChunkWalk walk;
+  Portion portion;
   alignas(8) uint64_t decayed_read;  // the chunk's k_decayed by all
   int items[kStages];                // of the stages' chunks; -1: there are no more
   int shown[2 * kStages];            // how many of a chunk's outputs are stored
   int longest, chunks;               // of all sequences
-  bool in_turn;
+  bool in_turn, shared;
   uint16_t order[kMostOrdered];  // the sequences, longest first
 };
 static_assert(sizeof(FusedSmem) <= 227 * 1024);
@@ -111,7 +135,7 @@ __device__ __forceinline__ void order_by_length(FusedSmem& smem, Sequences const
   __syncthreads();
 }
 
-template <Gate kGate, bool kFp32Gate, bool kCut>
+template <Gate kGate, bool kFp32Gate, Dealing kDealing>
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_constant__ FusedParams p) {
   extern __shared__ __align__(1024) char smem_bytes[];
   FusedSmem& smem = *reinterpret_cast<FusedSmem*>(smem_bytes);
@@ -120,7 +144,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   Sequences const& sequences = p.chunk.sequences;
   int const value_heads = p.chunk.value_heads, chains = sequences.num_seqs * value_heads;
 
-  int const items = kCut ? chains * p.cut.pieces : chains;
+  bool constexpr kCut = kDealing == Dealing::kCut, kShared = kDealing == Dealing::kShared;
+  int const items = chains * (kCut ? p.cut.pieces : kShared ? Portion::kPieces : 1);
   if (p.dealt != nullptr) measure(smem, sequences);
   if (p.taken != nullptr) {
     bool pays;
@@ -142,7 +167,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     cutlass::arch::fence_barrier_init();
     smem.in_turn =
         p.dealt == nullptr || sequences.num_seqs > kMostOrdered || smem.longest * sequences.num_seqs == smem.chunks;
-    smem.walk = {static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x), 0, 0, 0, 0};
+    if constexpr (kShared) {
+      int const each = p.dealt == nullptr ? sequences.chunks(0) : smem.longest;
+      smem.shared = p.dealt == nullptr || smem.longest * sequences.num_seqs == smem.chunks;
+      if (smem.shared) smem.portion = deal_portion(chains, each, blockIdx.x, gridDim.x);
+    }
+    smem.walk = {-1, static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x), 0, 0, 0, 0};
   }
   for (int i = threadIdx.x; i < 2 * kPanelBytes / 16; i += kFusedThreads)  // above the diagonal blocks they stay zero
     reinterpret_cast<uint4*>(smem.t)[i] = make_uint4(0, 0, 0, 0);
@@ -160,7 +190,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     int const stage = n % kStages;
     ChunkWalk walk = smem.walk;
     while (walk.chunk >= walk.chunks && walk.item < items) {  // on to the next item that has a chunk
-      if (smem.in_turn) {
+      if (kShared && smem.shared) {
+        walk.item = smem.portion.item(++walk.turn, chains, blockIdx.x, gridDim.x);
+        if (walk.item < 0) continue;
+      } else if (smem.in_turn) {
         walk.item += gridDim.x;
       } else {
         int rank = 0;
@@ -168,8 +201,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         rank = __shfl_sync(0xffffffffu, rank, 0);
         walk.item = rank < chains ? smem.order[rank / value_heads] * value_heads + rank % value_heads : chains;
       }
-      if (walk.item >= items) break;
-      Item<kCut> const item(p, walk.item, chains);
+      if (walk.item >= (kShared && !smem.shared ? chains : items)) walk.item = items;
+      if (walk.item == items) break;
+      Item<kDealing> const item(p, smem.portion, walk.item, chains);
       walk.first_token = sequences.first_token(item.seq) + item.begin;
       walk.length = item.tokens();
       walk.chunk = 0, walk.chunks = static_cast<int>((walk.length + kChunk - 1) / kChunk);
@@ -178,7 +212,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     int shown = 0;
     if (walk.item < items) {
       int64_t const start = int64_t(walk.chunk) * kChunk;
-      Item<kCut> const item(p, walk.item, chains);
+      Item<kDealing> const item(p, smem.portion, walk.item, chains);
       at = {walk.first_token + start, static_cast<int>(min(walk.length - start, int64_t(kChunk))),
             sequences.batch(item.seq), item.head};
       shown = start < item.silent ? 0 : at.tokens;
@@ -188,7 +222,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     if (lane == 0) {
       smem.walk = walk;
       smem.items[stage] = walk.item < items ? walk.item : -1;
-      if (kCut) smem.shown[n % (2 * kStages)] = shown;
+      if (kDealing != Dealing::kWhole) smem.shown[n % (2 * kStages)] = shown;
       pipe.places[stage] = at;
     }
     __syncwarp();
@@ -209,7 +243,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       TransactionBarrier::arrive_and_expect_tx(loaded, kKeyBytes + kOperandBytes);
       request_keys(p.chunk, at, loaded, panels_of(x));
       if (at.tokens == kChunk)
-        for (int h = 0; h < 2; ++h) request_panels(p.v_map, loaded, x.v[h], at, at.head, h);
+        for (int h = 0; h < 2; ++h) request_panels(p.values.map, loaded, x.v[h], at, at.head, h);
     }
     __syncwarp();
     if (at.tokens < kChunk) {
@@ -217,9 +251,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       // end of the tensor, which gives zeros.
       for (int row = lane; row < kChunk; row += 32)
         for (int h = 0; h < 2; ++h)
-          cute::SM90_TMA_LOAD_5D::copy(&p.v_token_map, loaded, kStreamed, x.v[h] + row * kPanelRowBytes, 0,
-                                       row < at.tokens ? static_cast<int>(at.first_token) + row : p.tensor_tokens, h,
-                                       at.head, at.batch);
+          cute::SM90_TMA_LOAD_5D::copy(
+              &p.values.token_map, loaded, kStreamed, x.v[h] + row * kPanelRowBytes, 0,
+              row < at.tokens ? static_cast<int>(at.first_token) + row : p.values.tensor_tokens, h, at.head, at.batch);
     }
   };
 
@@ -254,11 +288,25 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     TransactionBarrier::wait(&pipe.gate_loaded[n % kStages], n / kStages & 1);
     int const number = smem.items[n % kStages];
     if (number < 0) break;
-    Item<kCut> const item(p, number, chains);
+    Item<kDealing> const item(p, smem.portion, number, chains);
     int64_t tokens = item.tokens();
-    lanes.load_initial(s, p.state, item.from_start() ? initial_offset(p.state, item.seq, item.head) : -1);
-    bf16* out = p.out.data + p.out.stride_batch * sequences.batch(item.seq) + p.out.stride_head * item.head +
-                p.out.stride_token * (sequences.first_token(item.seq) + item.begin + out_row(lane)) +
+    if constexpr (kShared) {
+      StateView from = p.values.state.initial;
+      int64_t offset;
+      if (item.handed_over) {
+        p.hand_over.wait();
+        from = {p.hand_over.states, 0, Dtype::kFp32}, offset = (blockIdx.x - 1) * kStateElements;
+      } else {
+        offset = initial_offset(p.values.state, item.seq, item.head);
+      }
+      lanes.load(s, from, item.handed_over || p.values.state.v_first, offset);
+    } else {
+      lanes.load_initial(s, p.values.state,
+                         item.from_start() ? initial_offset(p.values.state, item.seq, item.head) : -1);
+    }
+    bf16* out = p.values.out.data + p.values.out.stride_batch * sequences.batch(item.seq) +
+                p.values.out.stride_head * item.head +
+                p.values.out.stride_token * (sequences.first_token(item.seq) + item.begin + out_row(lane)) +
                 kValueTile * warpgroup + 16 * (warp % 4) + 8 * (lane % 2);
 #pragma unroll 1
     for (; tokens > 0; tokens -= kChunk, ++n) {
@@ -331,9 +379,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       });
       __syncwarp();
       int const here = recomputed(lane);
-      int64_t const shown = kCut ? smem.shown[n % (2 * kStages)] : tokens;
+      int64_t const shown = kDealing != Dealing::kWhole ? smem.shown[n % (2 * kStages)] : tokens;
 #pragma unroll
-      for (int j = 0; j < 4; ++j, out += 16 * p.out.stride_token) {
+      for (int j = 0; j < 4; ++j, out += 16 * p.values.out.stride_token) {
         int const token = out_row(here) + 16 * j;
         if (token < shown)
           *reinterpret_cast<uint4*>(out) =
@@ -343,23 +391,30 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       EmptyBarrier::arrive(&pipe.empty[stage]);
       if (requests) request_rest(n + kStages);
     }
-    int64_t final;
-    if constexpr (kCut) {
-      Item<kCut> const done(p, recomputed(number), chains);
-      final = done.to_end ? final_offset(p.state, done.seq, done.head) : -1;
+    if constexpr (kDealing == Dealing::kWhole) {
+      StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane))
+          .store_final(s, p.values.state, final_offset(p.values.state, item.seq, item.head));
     } else {
-      final = final_offset(p.state, item.seq, item.head);
+      Item<kDealing> const done(p, smem.portion, recomputed(number), chains);
+      bool const hand_over = kShared && !done.to_end;
+      StateView to = p.values.state.final;
+      if (hand_over) to = {p.hand_over.states, 0, Dtype::kFp32};
+      int64_t const offset = hand_over     ? blockIdx.x * kStateElements
+                             : done.to_end ? final_offset(p.values.state, done.seq, done.head)
+                                           : -1;
+      StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane))
+          .store(s, to, hand_over || p.values.state.v_first, offset);
+      if (hand_over) p.hand_over.tell(lane);
     }
-    StateLanes(kValueTile * warpgroup, warp % 4, recomputed(lane)).store_final(s, p.state, final);
   }
   // Sequences without tokens keep their state; those that are padding get zeros for outputs.
   for (int first = 0; first < sequences.num_seqs; first += 32) {
-    bool const live = first + lane >= sequences.num_seqs || live_length(sequences, p.state, first + lane) > 0;
+    bool const live = first + lane >= sequences.num_seqs || live_length(sequences, p.values.state, first + lane) > 0;
     for (uint32_t empty = ~__ballot_sync(0xffffffffu, live); empty != 0; empty &= empty - 1)
       for (int head = blockIdx.x; head < value_heads; head += gridDim.x) {
         int const seq = first + __ffs(empty) - 1;
-        p.out.store_zeros(sequences, seq, head, threadIdx.x, kChunkThreads);
-        keep_state(p.state, seq, head, threadIdx.x, kChunkThreads);
+        p.values.out.store_zeros(sequences, seq, head, threadIdx.x, kChunkThreads);
+        keep_state(p.values.state, seq, head, threadIdx.x, kChunkThreads);
       }
   }
 }

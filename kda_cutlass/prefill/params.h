@@ -112,6 +112,10 @@ struct PrefillParams {
 // may run in fewer launches. Mirrored by flash_kda.prefill.workspace_size, which tests compare against this.
 int64_t prefill_workspace_size(int64_t tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed);
 
+// The same for the schedules that a call may take on a device of `sms` SMs; 0: the current one.
+int64_t prefill_workspace_needed(int64_t tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed,
+                                 bool checkpoints, int sms);
+
 // Launches the prefill on `stream`. Returns the first CUDA error of the launches.
 cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);
 

@@ -64,7 +64,8 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
   RawBeta beta;  // of the next chunk, of the warps that scale k
   auto const load_beta = [&](int n) {
     beta = {};
-    if (warp >= kBlocks) beta.load(p, pipe.places[n % kStages], warp % kBlocks, lane);
+    ScaleRole const role = ScaleRole::balanced(warp);
+    if (role.keys) beta.load(p, pipe.places[n % kStages], role.block, lane);
   };
   TransactionBarrier::wait(&pipe.gate_loaded[0], 0);
   load_beta(0);
@@ -85,8 +86,8 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
         [&] {
           wait_for_all();  // the runs and scales of the chunk before lie where this one's go
           TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1);
-          int const warp_here = recomputed(warp), lane_here = recomputed(lane);
-          scale_tokens(pipe.factor_scratch, pipe.factors[s], p, at, panels, beta, warp_here, lane_here);
+          scale_tokens(pipe.factor_scratch, pipe.factors[s], p, at, panels, beta, ScaleRole::balanced(recomputed(warp)),
+                       recomputed(lane));
         },
         [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); });
     EmptyBarrier::wait(&pipe.solved, (n & 1) ^ 1);  // and the place of the next chunk is there

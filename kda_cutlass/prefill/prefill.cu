@@ -120,14 +120,14 @@ cudaError_t launch_prepare(PrepareParams const& params, Start start, cudaStream_
   return launch(kKernel, grid, kChunkThreads, sizeof(PrepareSmem), start, params, stream);
 }
 
-template <Gate kGate, bool kFp32Gate, bool kCut>
+template <Gate kGate, bool kFp32Gate, Dealing kDealing>
 cudaError_t launch_fused(FusedParams const& params, int sms, cudaStream_t stream) {
-  auto constexpr kKernel = fused_kernel<kGate, kFp32Gate, kCut>;
+  auto constexpr kKernel = fused_kernel<kGate, kFp32Gate, kDealing>;
   if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(FusedSmem))) return error;
   int64_t const chains = int64_t(params.chunk.sequences.num_seqs) * params.chunk.value_heads;
   dim3 const grid(static_cast<unsigned>(std::min<int64_t>(chains * params.cut.pieces, sms)));
-  return launch(kKernel, grid, kFusedThreads, sizeof(FusedSmem), kCut ? Start::kOverlap : Start::kAlone, params,
-                stream);
+  Start const start = kDealing == Dealing::kCut ? Start::kOverlap : Start::kAlone;
+  return launch(kKernel, grid, kFusedThreads, sizeof(FusedSmem), start, params, stream);
 }
 
 template <Gate kGate, bool kFp32Gate>
@@ -175,14 +175,14 @@ cudaError_t launch_pieces(PrefillParams const& p, PrepareParams prepare, Recurre
       std::min({slot_capacity(p.workspace_bytes, p.value_heads), list_bytes / int64_t(sizeof(Piece)), kMostSlots});
   PiecesParams params = {checkpoints, recurrence.sequences, p.state, pieces};
 
-  StateParams& state = recurrence.state = {};
+  StateParams& state = recurrence.values.state = {};
   state.initial = state.final = checkpoints.states;
   state.v_first = p.state.v_first;
   state.slots = {&pieces->slot, sizeof(Piece) / sizeof(int), 0, false};
   state.num_slots = checkpoints.num_slots;
   state.final_in_slots = true;
   recurrence.checkpoints = {};
-  recurrence.out = {};
+  recurrence.values.out = {};
   for (params.begin = 0; params.begin < entries; params.begin = params.end) {
     params.end = std::min(params.begin + most, entries);
     int const count = static_cast<int>(params.end - params.begin);
@@ -208,6 +208,12 @@ cudaError_t launch_pieces(PrefillParams const& p, PrepareParams prepare, Recurre
 
 int64_t prefill_workspace_size(int64_t tokens, int batch, int num_seqs, int value_heads, bool packed) {
   return workspace_size({tokens, batch, num_seqs, value_heads, packed, false});
+}
+
+int64_t prefill_workspace_needed(int64_t tokens, int batch, int num_seqs, int value_heads, bool packed,
+                                 bool checkpoints, int sms) {
+  if (num_seqs == 0 || value_heads == 0) return 0;
+  return needed_workspace({tokens, batch, num_seqs, value_heads, packed, checkpoints}, sms > 0 ? sms : sm_count());
 }
 
 cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
@@ -238,15 +244,14 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
                        p.beta_sigmoid,
                        p.allow_neg_eigval};
   OutputParams const out = {static_cast<bf16*>(p.out), p.out_stride_batch, p.out_stride_token, p.out_stride_head};
-  int const tensor_tokens = static_cast<int>(std::max<int64_t>(p.tokens, 1));
-  CUtensorMap v_map, v_token_map;
+  ValueParams values = {{}, {}, p.state, out, static_cast<int>(std::max<int64_t>(p.tokens, 1))};
   if (cudaError_t const error = encode_boxes(chunk.q_map, p.q, p, p.heads, kChunk, 2)) return error;
   if (cudaError_t const error = encode_boxes(chunk.k_map, p.k, p, p.heads, kChunk, 2)) return error;
   bool const fp32_gate = p.g_dtype == Dtype::kFp32;
   if (cudaError_t const error = encode_boxes(chunk.g_map, p.g, p, p.value_heads, kChunk, fp32_gate ? 4 : 2, fp32_gate))
     return error;
-  if (cudaError_t const error = encode_boxes(v_map, p.v, p, p.value_heads, kChunk, 1)) return error;
-  if (cudaError_t const error = encode_boxes(v_token_map, p.v, p, p.value_heads, 1, 1)) return error;
+  if (cudaError_t const error = encode_boxes(values.map, p.v, p, p.value_heads, kChunk, 1)) return error;
+  if (cudaError_t const error = encode_boxes(values.token_map, p.v, p, p.value_heads, 1, 1)) return error;
 
   int* const flags = static_cast<int*>(p.workspace);
   auto* const ring_flags = reinterpret_cast<RingFlags*>(carries);
@@ -259,6 +264,8 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   bool const cuts = schedules.cut.pieces > 1 && !in_place && !p.batch_invariant;
   Cut const cut = cuts ? schedules.cut : Cut{};
   bool const fused = schedules.fused || cuts;
+  bool const shared = !cuts && shares(shape, sms) && p.workspace_bytes >= kFlagBytes + sms * carry_bytes(1);
+  Dealing const dealing = cuts ? Dealing::kCut : shared ? Dealing::kShared : Dealing::kWhole;
   int* const taken = fused && others ? flags : nullptr;
   int* const dealt = schedules.fused && p.cu_seqlens != nullptr && p.num_seqs > 1 ? flags + 1 : nullptr;
   Forgotten forgotten = {nullptr, 0};
@@ -271,24 +278,27 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   if (fused) {
+    int* const handed_over = static_cast<int*>(p.workspace) + kForgottenBytes / sizeof(int);
     if (dealt != nullptr)
       if (cudaError_t const error = cudaMemsetAsync(dealt, 0, sizeof(*dealt), stream)) return error;
-    FusedParams const params = {chunk, v_map,   v_token_map, p.state, out, tensor_tokens, taken,
-                                sms,   walkers, ring_flags,  dealt,   cut, forgotten};
+    if (shared)
+      if (cudaError_t const error = cudaMemsetAsync(handed_over, 0, sms * sizeof(*handed_over), stream)) return error;
+    FusedParams const params = {chunk,      values, taken, sms,       walkers,
+                                ring_flags, dealt,  cut,   forgotten, {handed_over, reinterpret_cast<float*>(carries)}};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
       auto constexpr kGate = decltype(gate)::value;
       auto constexpr kFp32 = decltype(fp32)::value;
-      return cuts ? launch_fused<kGate, kFp32, true>(params, sms, stream)
-                  : launch_fused<kGate, kFp32, false>(params, sms, stream);
+      auto* const launch_it = dealing == Dealing::kCut      ? launch_fused<kGate, kFp32, Dealing::kCut>
+                              : dealing == Dealing::kShared ? launch_fused<kGate, kFp32, Dealing::kShared>
+                                                            : launch_fused<kGate, kFp32, Dealing::kWhole>;
+      return launch_it(params, sms, stream);
     });
     if (error != cudaSuccess || !others) return error;
   }
 
   if (walkers > 0) {
-    StreamParams const params = {taken,
-                                 chunk,
-                                 {v_map, v_token_map, p.state, out, tensor_tokens},
-                                 {reinterpret_cast<Record*>(records), ring_flags, walkers, slots}};
+    StreamParams const params = {
+        taken, chunk, values, {reinterpret_cast<Record*>(records), ring_flags, walkers, slots}};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
       return launch_stream<decltype(gate)::value, decltype(fp32)::value>(params, sms, stream);
     });
@@ -298,8 +308,7 @@ cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
   }
 
   PrepareParams prepare = {chunk, {}, taken};
-  RecurrenceParams recurrence = {v_map,         v_token_map, sequences,     {},  taken,
-                                 p.value_heads, p.state,     p.checkpoints, out, tensor_tokens};
+  RecurrenceParams recurrence = {values, sequences, {}, taken, p.value_heads, p.checkpoints};
   int index = 0;
   for (int begin = 0; begin < slabs.slots || index == 0; begin += slabs.slab_slots, ++index) {
     Slab const slab = {begin, std::min(begin + slabs.slab_slots, slabs.slots),

@@ -129,7 +129,7 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
         recomputed(lane),
         [&] {
           TransactionBarrier::wait(&smem.keys_loaded, phase);
-          scale_tokens(smem.factor_scratch, smem.factors, p, at, panels, beta, warp, lane);
+          scale_tokens(smem.factor_scratch, smem.factors, p, at, panels, beta, ScaleRole::even(warp), lane);
         },
         [&] { EmptyBarrier::wait(&smem.stored, phase ^ 1); });
     cutlass::arch::fence_view_async_shared();

@@ -50,16 +50,12 @@ struct RecurrenceSmem {
 };
 
 struct RecurrenceParams {
-  CUtensorMap v_map;        // boxes of one panel of 64 tokens of one head
-  CUtensorMap v_token_map;  // the same of one token
+  ValueParams values;
   Sequences sequences;
   Slab slab;
   int const* taken;  // not null: whether the fused kernel has done the call
   int value_heads;
-  StateParams state;
   CheckpointParams checkpoints;
-  OutputParams out;
-  int tensor_tokens;  // T
 };
 
 template <int kWarpgroups, bool kCheckpoints>
@@ -80,14 +76,14 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   int const slice = blockIdx.x % Shape::kSlices;
   int const head = blockIdx.x / Shape::kSlices % p.value_heads;
   int const seq = blockIdx.x / (Shape::kSlices * p.value_heads);
-  int64_t const first_token = p.sequences.first_token(seq), length = live_length(p.sequences, p.state, seq);
+  int64_t const first_token = p.sequences.first_token(seq), length = live_length(p.sequences, p.values.state, seq);
   int const slot_base = p.sequences.slot_base(seq), chunks = static_cast<int>((length + kChunk - 1) / kChunk);
   int const begin = max(p.slab.begin - slot_base, 0);
   int const end = max(min(p.slab.end - slot_base, chunks), begin);
   // Pieces that lead to checkpoints have no outputs, and nothing to do without tokens.
   bool const only_state = chunks == 0 && p.slab.begin == 0 && p.sequences.pieces == nullptr;
   if (begin == end && !only_state) return;
-  if (only_state && slice == 0) p.out.store_zeros(p.sequences, seq, head, threadIdx.x, Shape::kThreads);
+  if (only_state && slice == 0) p.values.out.store_zeros(p.sequences, seq, head, threadIdx.x, Shape::kThreads);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < Shape::kStages; ++s) {
@@ -127,20 +123,21 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
         __syncwarp();
 #pragma unroll
         for (int w = 0; w < kWarpgroups; ++w)
-          request_values(p.v_map, p.v_token_map, p.tensor_tokens, full, smem.v[stage][w], token, tokens,
-                         slice * kWarpgroups + w, head, batch, lane);
+          request_values(p.values.map, p.values.token_map, p.values.tensor_tokens, full, smem.v[stage][w], token,
+                         tokens, slice * kWarpgroups + w, head, batch, lane);
         if (++stage == Shape::kStages) stage = 0, phase ^= 1;
       }
     } else if (warp <= 4 * kWarpgroups + kWarpgroups) {
       // ---- writers: a warpgroup's outputs of a chunk, 128 bytes a token
       int const w = warp - 4 * kWarpgroups - 1, unit = lane % 8;
-      bf16* out = p.out.data + p.out.stride_batch * batch + p.out.stride_token * (first_chunk_token + lane / 8) +
-                  p.out.stride_head * head + kValueTile * (slice * kWarpgroups + w) + 8 * unit;
+      bf16* out = p.values.out.data + p.values.out.stride_batch * batch +
+                  p.values.out.stride_token * (first_chunk_token + lane / 8) + p.values.out.stride_head * head +
+                  kValueTile * (slice * kWarpgroups + w) + 8 * unit;
       int64_t tokens = p.sequences.pieces == nullptr ? first_token + length - first_chunk_token : 0;
       for (int i = 0; i < steps; ++i, tokens -= kChunk) {
         EmptyBarrier::wait(&smem.out_full[w], i & 1);
 #pragma unroll 4
-        for (int row = lane / 8; row < kChunk; row += 4, out += 4 * p.out.stride_token)
+        for (int row = lane / 8; row < kChunk; row += 4, out += 4 * p.values.out.stride_token)
           if (row < tokens)
             *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4 const*>(smem.out[w] + panel_offset(row, unit));
         EmptyBarrier::arrive(&smem.out_empty[w]);
@@ -158,7 +155,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   if (begin > 0)
     load_state(s, p.slab.carry_in + int64_t(head) * kHeadDim * kHeadDim, true, lanes.value, lane);
   else
-    lanes.load_initial(s, p.state, initial_offset(p.state, seq, head));
+    lanes.load_initial(s, p.values.state, initial_offset(p.values.state, seq, head));
   float w[32], o[32], v_new[32];
   uint32_t s_operand[32], w_operand[16], v_operand[16], o_packed[16];
   auto hand_out = [&](int chunks_before) {  // to the writer; the panel is free once the chunk before has left it
@@ -169,8 +166,8 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
 
   [[maybe_unused]] int checkpoint = 0;  // whole chunks before the next one
   if constexpr (kCheckpoints) {
-    CheckpointList const list(p.checkpoints, p.sequences, p.state, seq, lane);
-    if (begin == 0) list.store(s, lanes, p.state.v_first, head, 0);
+    CheckpointList const list(p.checkpoints, p.sequences, p.values.state, seq, lane);
+    if (begin == 0) list.store(s, lanes, p.values.state.v_first, head, 0);
     checkpoint = list.next(begin);
   }
   pack_operand(s_operand, s);
@@ -228,8 +225,8 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     if constexpr (kCheckpoints) {
       if (int const done = begin + i + 1; done == checkpoint) {
         int const here = recomputed(lane);  // nothing of this is worth a register in the loop
-        CheckpointList const list(p.checkpoints, p.sequences, p.state, recomputed(seq), here);
-        list.store(s, StateLanes(first_value, warp % 4, here), p.state.v_first, recomputed(head), done);
+        CheckpointList const list(p.checkpoints, p.sequences, p.values.state, recomputed(seq), here);
+        list.store(s, StateLanes(first_value, warp % 4, here), p.values.state.v_first, recomputed(head), done);
         checkpoint = list.next(done);
       }
     }
@@ -253,7 +250,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   if (end < chunks)
     store_state(s, p.slab.carry_out + int64_t(head) * kHeadDim * kHeadDim, true, lanes.value, lane);
   else
-    lanes.store_final(s, p.state, final_offset(p.state, seq, head));
+    lanes.store_final(s, p.values.state, final_offset(p.values.state, seq, head));
 }
 
 }  // namespace kda

@@ -31,15 +31,29 @@ __device__ __forceinline__ int load_acquire(int const* flag) {
 __device__ __forceinline__ void store_release(int* flag, int value) {
   asm volatile("st.release.gpu.global.b32 [%0], %1;" : : "l"(flag), "r"(value) : "memory");
 }
+__device__ __forceinline__ void add_release(int* flag, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" : : "l"(flag), "r"(value) : "memory");
+}
 __device__ __forceinline__ void fence_bulk_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 struct RingFlags {          // all 0 at first
   int made[kRingRecords];   // [walkers][slots]: one more than the step whose record is there
   int taken[kMostWalkers];  // how many records a walker has taken
+  int placed[kMostPlaces];  // whether a CTA has the place
 
   __device__ __forceinline__ void clear(int thread, int threads) {
     for (int i = thread; i < kRingRecords; i += threads) made[i] = 0;
     for (int i = thread; i < kMostWalkers; i += threads) taken[i] = 0;
+    for (int i = thread; i < kMostPlaces; i += threads) placed[i] = 0;
+  }
+
+  // By one thread of each CTA, of which every SM has one: its place among them, that of its SM where it can be had.
+  __device__ __forceinline__ int take_place(int ctas) {
+    if (ctas > kMostPlaces) return blockIdx.x;
+    unsigned place;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(place));
+    for (place %= ctas; atomicExch(&placed[place], 1) != 0;) place = (place + 1) % ctas;
+    return static_cast<int>(place);
   }
 };
 

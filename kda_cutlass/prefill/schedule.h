@@ -49,6 +49,7 @@ constexpr int kMostWalkers = 64;
 constexpr int kRingRecords = 512;   // of all walkers; what the L2 holds beside the inputs
 constexpr int kLeastRingSlots = 8;  // of a walker
 constexpr int kGroupsAnSm = 2;      // of producers
+constexpr int kMostPlaces = 256;    // SMs of which it matters which of them walk
 static_assert(kMostWalkers * kLeastRingSlots <= kRingRecords);
 
 // Groups that make one walker's records.
@@ -170,12 +171,61 @@ inline Schedules choose_schedules(CallShape const& call, int sms) {
   return {true, walkers.count == 0, walkers.count, {}};
 }
 
+// ---- chains dealt by the fused schedule
+// How: whole; cut into pieces; or shared, where their last round would leave many CTAs without work.
+enum class Dealing : int { kWhole, kCut, kShared };
+
+// What a CTA walks of shared chains, which have one length and are more than CTAs: as many chunks as any other, give or
+// take one. Most are whole chains in turn, so that the CTAs are at neighbouring heads. The last one to two rounds lie in
+// a row and are dealt by chunks: of a chain that comes to two CTAs one walks the front, before all else, and the next
+// one the rest, after all else.
+struct Portion {
+  static constexpr int kPieces = 3;  // as items are numbered: wholes, fronts, rests
+  int rounds;                        // of whole chains in turn
+  int first_whole, wholes;           // others
+  int front, front_chunks;           // a chain and how much of it comes first, 0: none
+  int rest, rest_chunk;              // a chain and from where on it comes last, 0: none
+
+  // What comes in a turn, by the number of an item; -1: nothing.
+  KDA_HOST_DEVICE int item(int turn, int chains, int cta, int ctas) const {
+    if (turn == 0) return front_chunks > 0 ? chains + front : -1;
+    if (turn <= rounds) return (turn - 1) * ctas + cta;
+    if (turn <= rounds + wholes) return first_whole + turn - 1 - rounds;
+    if (turn == rounds + wholes + 1) return rest_chunk > 0 ? 2 * chains + rest : -1;
+    return kPieces * chains;
+  }
+};
+KDA_HOST_DEVICE Portion deal_portion(int chains, int64_t chunks, int cta, int ctas) {
+  if (chunks == 0) return {0, 0, 0, 0, 0, 0, 0};
+  int const rounds = chains / ctas - 1, dealt = rounds * ctas;
+  int64_t const row = (chains - dealt) * chunks, begin = row * cta / ctas, end = row * (cta + 1) / ctas;
+  int const whole = static_cast<int>((begin + chunks - 1) / chunks), rest = static_cast<int>(begin / chunks),
+            front = static_cast<int>(end / chunks);
+  return {rounds,
+          dealt + whole,
+          front - whole,
+          dealt + front,
+          static_cast<int>(end - front * chunks),
+          dealt + rest,
+          static_cast<int>(begin - rest * chunks)};
+}
+// Whether sharing pays, were all sequences of one length. It slows the kernel by a twentieth, unequal lengths too.
+constexpr int kMostSharers = 512;  // CTAs
+inline bool shares(CallShape const& call, int sms) {
+  int64_t const chains = call.chains(), each = (call.tokens * call.batch / call.num_seqs + kChunk - 1) / kChunk;
+  if (chains <= sms || chains % sms == 0 || chains > (1 << 29) || sms > kMostSharers) return false;
+  float const rounds = float(chains) / float(sms);
+  float const whole = float((chains + sms - 1) / sms) * (each + Choice::kFusedChain),
+              shared = rounds * each + (rounds + 1.f) * Choice::kFusedChain;
+  return shared < (call.one_length() ? .93f : .85f) * whole;
+}
+
 // ---- the split schedule
 constexpr int64_t kWorkspaceLimit = int64_t(208) << 20;
 // Of the workspace, in front: whether the fused kernel does the call, how many chains are dealt and, from
-// kForgottenBytes on, what was found about cuts.
+// kForgottenBytes on, what was found about cuts or how many warps have handed over their part of a state.
 constexpr int64_t kFlagBytes = 4096, kForgottenBytes = 256;
-static_assert(kFlagBytes - kForgottenBytes >= kMostCuts);
+static_assert(kFlagBytes - kForgottenBytes >= std::max<int64_t>(kMostCuts, kMostSharers * sizeof(int)));
 constexpr int64_t kLeastSlab = 64;     // slots, below which a slab is not worth its launches
 constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
 
@@ -190,6 +240,18 @@ inline int64_t slot_capacity(int64_t workspace_bytes, int value_heads) {
 inline int64_t workspace_size(CallShape const& call) {
   int64_t const most = slot_capacity(kWorkspaceLimit, call.value_heads);
   return std::min(slot_count(call), most) * slot_bytes(call.value_heads) + kFlagBytes +
+         2 * carry_bytes(call.value_heads);
+}
+
+// What the schedules that a call may take do take of that.
+inline int64_t needed_workspace(CallShape const& call, int sms) {
+  Schedules const schedules = choose_schedules(call, sms);
+  if (schedules.fused && !schedules.split && schedules.walkers == 0)
+    return kFlagBytes + (shares(call, sms) ? carry_bytes(sms) : 0);
+  if (schedules.walkers == 0) return workspace_size(call);
+  int64_t const most = slot_capacity(kWorkspaceLimit, call.value_heads),
+                ring = (kRingRecords + call.value_heads - 1) / call.value_heads;
+  return std::min({slot_count(call), most, ring}) * slot_bytes(call.value_heads) + kFlagBytes +
          2 * carry_bytes(call.value_heads);
 }
 

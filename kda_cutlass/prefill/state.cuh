@@ -124,6 +124,15 @@ struct OutputParams {
   }
 };
 
+// What a kernel that carries states is told of them, and of the values that come in and the outputs that leave.
+struct ValueParams {
+  CUtensorMap map;        // of the values: boxes of one panel of 64 tokens of one head
+  CUtensorMap token_map;  // the same of one token
+  StateParams state;
+  OutputParams out;
+  int tensor_tokens;  // T
+};
+
 // What a thread knows of where its part of the state and of a [token, value channel] panel lies.
 struct StateLanes {
   int lane, value;      // value channel of the lane's first accumulator row
@@ -137,13 +146,16 @@ struct StateLanes {
   }
 
   __device__ __forceinline__ void load_initial(float (&s)[64], StateParams const& p, int64_t offset) const {
-    if (p.initial.data == nullptr || offset < 0) {
+    load(s, p.initial, p.v_first, offset);
+  }
+  __device__ __forceinline__ void load(float (&s)[64], StateView const& view, bool v_first, int64_t offset) const {
+    if (view.data == nullptr || offset < 0) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) s[i] = 0.f;
-    } else if (p.initial.dtype == Dtype::kFp32) {
-      load_state(s, static_cast<float const*>(p.initial.data) + offset, p.v_first, value, lane);
+    } else if (view.dtype == Dtype::kFp32) {
+      load_state(s, static_cast<float const*>(view.data) + offset, v_first, value, lane);
     } else {
-      load_state(s, static_cast<bf16 const*>(p.initial.data) + offset, p.v_first, value, lane);
+      load_state(s, static_cast<bf16 const*>(view.data) + offset, v_first, value, lane);
     }
   }
   __device__ __forceinline__ void store_final(float const (&s)[64], StateParams const& p, int64_t offset) const {

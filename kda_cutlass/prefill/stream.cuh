@@ -11,7 +11,7 @@ namespace kda {
 struct StreamParams {
   int const* taken;  // not null: whether the fused kernel has done the call
   ChunkParams chunk;
-  WalkParams walk;
+  ValueParams values;
   Ring ring;
 };
 
@@ -22,6 +22,7 @@ struct StreamSmem {
     ProducerSmem producers[kGroupsAnSm];
     WalkSmem walk;
   };
+  int place;
 };
 static_assert(sizeof(StreamSmem) <= 227 * 1024);
 
@@ -34,22 +35,25 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_
 
   Sequences const& sequences = p.chunk.sequences;
   int const walkers = p.ring.walkers, makers = gridDim.x - walkers;
-  Deal const deal = {sequences, p.walk.state, p.chunk.value_heads, sequences.num_seqs * p.chunk.value_heads, walkers};
+  Deal const deal = {sequences, p.values.state, p.chunk.value_heads, sequences.num_seqs * p.chunk.value_heads, walkers};
 
   // The first CTAs walk. Each of the others is two groups of producers; each walker has a team of groups of its own.
-  int const cta = blockIdx.x;
+  // They go by the number of their SM: the two of a TPC do the same kind of work then, and it is the same in each call.
+  if (threadIdx.x == 0) smem.place = p.ring.flags->take_place(gridDim.x);
+  __syncthreads();
+  int const cta = smem.place;
   if (cta < walkers) {
     if (threadIdx.x == 0) smem.walk.init();
     if (threadIdx.x < kHeadDim) smem.walk.none.decay[threadIdx.x] = 1.f;
     __syncthreads();
     if (warp < 8) {
       cutlass::arch::warpgroup_reg_alloc<216>();
-      carry_states(p.walk, deal, smem.walk, cta, warp / 4, warp % 4, lane);
+      carry_states(p.values, deal, smem.walk, cta, warp / 4, warp % 4, lane);
     } else {
       cutlass::arch::warpgroup_reg_dealloc<40>();
-      if (warp == 8) feed_early(p.walk, deal, p.ring, smem.walk, cta, lane);
+      if (warp == 8) feed_early(p.values, deal, p.ring, smem.walk, cta, lane);
       if (warp == 11) feed_late(deal, p.ring, smem.walk, cta, lane);
-      if (warp == 9 || warp == 10) write_outputs(p.walk, deal, p.ring, smem.walk, cta, warp - 9, lane);
+      if (warp == 9 || warp == 10) write_outputs(p.values, deal, p.ring, smem.walk, cta, warp - 9, lane);
     }
   } else {
     int const group = warp / 8;

@@ -62,14 +62,6 @@ struct WalkSmem {
   }
 };
 
-struct WalkParams {
-  CUtensorMap v_map;        // boxes of one panel of 64 tokens of one head
-  CUtensorMap v_token_map;  // the same of one token
-  StateParams state;
-  OutputParams out;
-  int tensor_tokens;  // T
-};
-
 // A chain as all warps of the CTA see it.
 struct Chain {
   int seq, head, batch, steps;
@@ -82,7 +74,7 @@ struct Chain {
 };
 
 // One warp: of each step's record what is wanted first, and the values.
-__device__ __forceinline__ void feed_early(WalkParams const& p, Deal const& deal, Ring const& ring, WalkSmem& smem,
+__device__ __forceinline__ void feed_early(ValueParams const& p, Deal const& deal, Ring const& ring, WalkSmem& smem,
                                            int walker, int lane) {
   uint32_t phases = (1u << kWalkStages) - 1;  // the first pass over the stages finds them empty
   int step = 0, known = 0;                    // steps before `known` are made
@@ -108,11 +100,11 @@ __device__ __forceinline__ void feed_early(WalkParams const& p, Deal const& deal
       __syncwarp();
 #pragma unroll
       for (int w = 0; w < 2; ++w)
-        request_values(p.v_map, p.v_token_map, p.tensor_tokens, full, smem.v[stage][w], token, left, w, chain.head,
+        request_values(p.map, p.token_map, p.tensor_tokens, full, smem.v[stage][w], token, left, w, chain.head,
                        chain.batch, lane);
       if (lane == 0 && left > kAhead * kChunk)
         for (int w = 0; w < 2; ++w)
-          cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&p.v_map, 0, token + kAhead * kChunk, w, chain.head, chain.batch);
+          cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&p.map, 0, token + kAhead * kChunk, w, chain.head, chain.batch);
       if (lane == 0) {
         EmptyBarrier::arrive(&smem.made[stage]);
         Record const& record = ring.records[ring.slot(walker, step)];
@@ -152,7 +144,7 @@ __device__ __forceinline__ void feed_late(Deal const& deal, Ring const& ring, Wa
 }
 
 // One warp: a warpgroup's outputs, 128 bytes a token. One of the two tells the producers what has been taken.
-__device__ __forceinline__ void write_outputs(WalkParams const& p, Deal const& deal, Ring const& ring, WalkSmem& smem,
+__device__ __forceinline__ void write_outputs(ValueParams const& p, Deal const& deal, Ring const& ring, WalkSmem& smem,
                                               int walker, int w, int lane) {
   int const unit = lane % 8;
   int written = 0;
@@ -176,7 +168,7 @@ __device__ __forceinline__ void write_outputs(WalkParams const& p, Deal const& d
 }
 
 // Two warpgroups.
-__device__ __forceinline__ void carry_states(WalkParams const& p, Deal const& deal, WalkSmem& smem, int walker,
+__device__ __forceinline__ void carry_states(ValueParams const& p, Deal const& deal, WalkSmem& smem, int walker,
                                              int warpgroup, int warp, int lane) {
   int const first_value = kValueTile * warpgroup;
   StateLanes const lanes(first_value, warp, lane);

@@ -46,6 +46,15 @@ def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int
     return min(slots, max(1, (WORKSPACE_LIMIT - fixed) // slot_bytes)) * slot_bytes + fixed
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def needed_workspace(
+    batch: int, tokens: int, num_sequences: int, value_heads: int, packed: bool, checkpoints: bool, device: torch.device
+) -> int:
+    """Bytes that the schedules of such a call on ``device`` take, never more than :func:`workspace_size`."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return ops.prefill_workspace_needed(tokens, batch, num_sequences, value_heads, packed, checkpoints, sms)
+
+
 @functools.lru_cache(maxsize=None)
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
@@ -117,7 +126,7 @@ def attempt(
         final_state = None
         if output_final_state:
             final_state = torch.empty((N, HV, K, K), dtype=torch.float32, device=v.device)
-        size = workspace_size(B, T, N, HV, cu_seqlens is not None)
+        size = needed_workspace(B, T, N, HV, cu_seqlens is not None, False, v.device)
         workspace = torch.empty(size, dtype=torch.uint8, device=v.device)
         _op(
             q,
@@ -174,8 +183,10 @@ def run(
     if states is not None and states.checkpoint_indptr is not None:
         states = states._replace(checkpoint_indptr=states.checkpoint_indptr.contiguous())
     cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
-    size = workspace_size(B, T, call.num_sequences, HV, cu_seqlens is not None)
     if workspace is None:
+        checkpoints = states is not None and states.checkpoint_state is not None
+        packed = cu_seqlens is not None
+        size = needed_workspace(B, T, call.num_sequences, HV, packed, checkpoints, q.device)
         workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     else:
         workspace = workspace[-workspace.data_ptr() % WORKSPACE_ALIGNMENT :]
