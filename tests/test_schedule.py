@@ -20,6 +20,7 @@ FLAGS = 4096
 
 ASK = r"""
 #include <cstdio>
+#include <utility>
 #include "schedule.h"
 int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpoints workspace_bytes sms
   long long tokens, workspace;
@@ -31,11 +32,15 @@ int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpo
     long long const size = kda::workspace_size(call);
     kda::Slabs const slabs = kda::make_slabs(call, workspace > 0 ? workspace : size, sms);
     int const ring = s.walkers > 0 ? kda::ring_slots(call, s.walkers, workspace > 0 ? workspace : size) : 0;
-    std::printf("{\"fused\": %d, \"split\": %d, \"walkers\": %d, \"ring\": %d, \"shares\": %d, \"needed\": %lld, \"pieces\": %d, \"piece_chunks\": %d, \"workspace\": %lld, \"slots\": %d, \"slab_slots\": %d, \"buffers\": %d, "
-                "\"split_values\": %d, \"records\": %lld, \"carry\": %lld}\n", s.fused, s.split, s.walkers, ring,
-                kda::shares(call, sms), (long long)kda::needed_workspace(call, sms), s.cut.pieces, s.cut.chunks, size,
-                slabs.slots, slabs.slab_slots, slabs.buffers, slabs.split_values, (long long)slabs.records_bytes,
-                (long long)slabs.carry_bytes);
+    std::pair<char const*, long long> const answers[] = {
+        {"fused", s.fused}, {"split", s.split}, {"walkers", s.walkers}, {"ring", ring},
+        {"pieces", s.cut.pieces}, {"piece_chunks", s.cut.chunks}, {"shares", kda::shares(call, sms)},
+        {"workspace", size}, {"needed", kda::needed_workspace(call, sms)}, {"slots", slabs.slots},
+        {"slab_slots", slabs.slab_slots}, {"buffers", slabs.buffers}, {"split_values", slabs.split_values},
+        {"records", slabs.records_bytes}, {"carry", slabs.carry_bytes}};
+    char const* before = "{";
+    for (auto const& [name, value] : answers) std::printf("%s\"%s\": %lld", std::exchange(before, ", "), name, value);
+    std::printf("}\n");
     std::fflush(stdout);
   }
 }
@@ -245,21 +250,21 @@ def test_python_knows_the_workspace(ask, kernel, heads, tokens, count, packed):
 
 DEAL = r"""
 #include <cstdio>
+#include <utility>
 #include "schedule.h"
 int main() {  // chains chunks ctas: of each CTA the chain, first and last chunk of what it walks, in its order
   int chains, chunks, ctas;
   while (std::scanf("%d %d %d", &chains, &chunks, &ctas) == 3) {
-    std::printf("[");
+    char const* before_cta = "[";
     for (int cta = 0; cta < ctas; ++cta) {
       kda::Portion const x = kda::deal_portion(chains, chunks, cta, ctas);
-      std::printf("%s[", cta > 0 ? ", " : "");
-      bool first = true;
+      std::printf("%s[", std::exchange(before_cta, ", "));
+      char const* before = "";
       for (int turn = 0, item; (item = x.item(turn, chains, cta, ctas)) < kda::Portion::kPieces * chains; ++turn) {
         if (item < 0) continue;
         int const piece = item / chains;
-        std::printf("%s[%d, %d, %d]", first ? "" : ", ", item % chains, piece == 2 ? x.rest_chunk : 0,
+        std::printf("%s[%d, %d, %d]", std::exchange(before, ", "), item % chains, piece == 2 ? x.rest_chunk : 0,
                     piece == 1 ? x.front_chunks : chunks);
-        first = false;
       }
       std::printf("]");
     }
