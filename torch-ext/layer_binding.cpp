@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <climits>
@@ -218,32 +219,17 @@ void few_row_linears(std::vector<Tensor> x, std::vector<Tensor> weights, Tensor&
   STD_TORCH_CHECK(error == cudaSuccess, "few_row_linears: ", cudaGetErrorString(error));
 }
 
-void layer_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& beta,
-                const Tensor& gate, const Tensor& conv_weight, Tensor& conv_state, const std::optional<Tensor>& A_log,
-                const std::optional<Tensor>& dt_bias, Tensor& state, const Tensor& norm_weight, Tensor& out,
-                double scale, std::optional<double> lower_bound, double eps) {
-  constexpr int64_t D = kda::kHeadDim;
-  STD_TORCH_CHECK(q.is_cuda() && q.dim() >= 1, "q must be a CUDA tensor [.., H * 128]");
-  const int64_t C = q.size(q.dim() - 1), H = C / D;
-  STD_TORCH_CHECK(H > 0 && C % D == 0, "q must be [.., H * 128], got ", C, " channels");
-  const int64_t N = q.numel() / C;
+namespace {
 
+// What a step does between the projections, but for its inputs and output: of N sequences and H heads, on the device of q.
+kda::StepParams step_params(const Tensor& q, int64_t N, int64_t H, const Tensor& conv_weight, Tensor& conv_state,
+                            const std::optional<Tensor>& A_log, const std::optional<Tensor>& dt_bias, Tensor& state,
+                            const Tensor& norm_weight, double scale, std::optional<double> lower_bound, double eps) {
+  constexpr int64_t D = kda::kHeadDim;
+  const int64_t C = H * D;
   kda::StepParams params;
-  auto bf16_tensor = [&](const Tensor& tensor, int64_t elements, const char* name) {
-    check_bf16(tensor, name);
-    return contiguous(tensor, q, elements, name);
-  };
-  params.qkv[0] = bf16_tensor(q, N * C, "q");
-  params.qkv[1] = bf16_tensor(k, N * C, "k");
-  params.qkv[2] = bf16_tensor(v, N * C, "v");
-  params.decay = bf16_tensor(decay, N * C, "decay");
-  params.gate = bf16_tensor(gate, N * C, "gate");
-  params.out = bf16_tensor(out, N * C, "out");
-  params.conv_state = bf16_tensor(conv_state, N * kda::kConvParts * C * kda::kStepTaps, "conv_state");
-  check_bf16(beta, "beta");
-  check_here(beta, q, "beta");
-  STD_TORCH_CHECK(beta.is_contiguous() && beta.numel() == N * H, "beta must be contiguous [N, H]");
-  params.beta = beta.data_ptr();
+  check_bf16(conv_state, "conv_state");
+  params.conv_state = contiguous(conv_state, q, N * kda::kConvParts * C * kda::kStepTaps, "conv_state");
   params.conv_weight_is_fp32 = is_fp32(conv_weight, "conv_weight");
   params.conv_weight = contiguous(conv_weight, q, kda::kConvParts * C * kda::kStepTaps, "conv_weight");
   params.norm_weight_is_fp32 = is_fp32(norm_weight, "norm_weight");
@@ -263,10 +249,124 @@ void layer_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   params.lower_bound = static_cast<float>(lower_bound.value_or(0.0));
   params.scale = static_cast<float>(scale);
   params.eps = static_cast<float>(eps);
+  return params;
+}
+
+}  // namespace
+
+void layer_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& beta,
+                const Tensor& gate, const Tensor& conv_weight, Tensor& conv_state, const std::optional<Tensor>& A_log,
+                const std::optional<Tensor>& dt_bias, Tensor& state, const Tensor& norm_weight, Tensor& out,
+                double scale, std::optional<double> lower_bound, double eps) {
+  constexpr int64_t D = kda::kHeadDim;
+  STD_TORCH_CHECK(q.is_cuda() && q.dim() >= 1, "q must be a CUDA tensor [.., H * 128]");
+  const int64_t C = q.size(q.dim() - 1), H = C / D;
+  STD_TORCH_CHECK(H > 0 && C % D == 0, "q must be [.., H * 128], got ", C, " channels");
+  const int64_t N = q.numel() / C;
+
+  kda::StepParams params =
+      step_params(q, N, H, conv_weight, conv_state, A_log, dt_bias, state, norm_weight, scale, lower_bound, eps);
+  auto bf16_tensor = [&](const Tensor& tensor, int64_t elements, const char* name) {
+    check_bf16(tensor, name);
+    return contiguous(tensor, q, elements, name);
+  };
+  params.qkv[0] = bf16_tensor(q, N * C, "q");
+  params.qkv[1] = bf16_tensor(k, N * C, "k");
+  params.qkv[2] = bf16_tensor(v, N * C, "v");
+  params.decay = bf16_tensor(decay, N * C, "decay");
+  params.gate = bf16_tensor(gate, N * C, "gate");
+  params.out = bf16_tensor(out, N * C, "out");
+  check_bf16(beta, "beta");
+  check_here(beta, q, "beta");
+  STD_TORCH_CHECK(beta.is_contiguous() && beta.numel() == N * H, "beta must be contiguous [N, H]");
+  params.beta = beta.data_ptr();
 
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const cudaError_t error = kda::launch_step(params, stream_of(q));
   STD_TORCH_CHECK(error == cudaSuccess, "layer_step: ", cudaGetErrorString(error));
+}
+
+// few_row_linears, layer_step and few_row_linears in one call: as many kernels, a third of the host's time.
+Tensor whole_step(const Tensor& x, std::vector<Tensor> weights, const std::optional<Tensor>& decay_weight,
+                  const std::optional<Tensor>& gate_weight, const Tensor& out_weight, const Tensor& conv_weight,
+                  Tensor& conv_state, const std::optional<Tensor>& A_log, const std::optional<Tensor>& dt_bias,
+                  Tensor& state, const Tensor& norm_weight, double scale, std::optional<double> lower_bound,
+                  double eps) {
+  constexpr int64_t D = kda::kHeadDim;
+  constexpr int kInputs = 6;  // q, k, v, decay, gate and beta
+  static_assert(kInputs <= kda::kMaxLinears);
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 3 && x.size(1) == 1, "x must be a CUDA tensor [N, 1, K]");
+  const int64_t N = x.size(0), K = x.size(2);
+  STD_TORCH_CHECK(N >= 1 && N <= kda::kMaxLinearRows, "1 to ", kda::kMaxLinearRows, " rows, got ", N);
+  STD_TORCH_CHECK(K > 0 && K % kda::kVectorChannels == 0, "K must be a multiple of ", kda::kVectorChannels, ", got ",
+                  K);
+  STD_TORCH_CHECK(weights.size() == kInputs && weights[5].dim() == 2 && weights[5].size(0) > 0,
+                  "weights must be those of q, k, v, decay, gate and beta");
+  STD_TORCH_CHECK(decay_weight.has_value() == gate_weight.has_value(), "decay_weight and gate_weight come together");
+  STD_TORCH_CHECK(out_weight.dim() == 2 && out_weight.size(0) > 0, "out_weight must be [outputs, H * 128]");
+  const int64_t H = weights[5].size(0), C = H * D, outputs = out_weight.size(0);
+  narrow(5 * C + outputs, "H * 128");
+
+  auto bf16_tensor = [&](const Tensor& tensor, int64_t elements, const char* name) {
+    check_bf16(tensor, name);
+    return contiguous(tensor, x, elements, name);
+  };
+  kda::StepParams step =
+      step_params(x, N, H, conv_weight, conv_state, A_log, dt_bias, state, norm_weight, scale, lower_bound, eps);
+  const int64_t gate_outputs = decay_weight ? D : C;
+  const int64_t sizes[kInputs] = {C, C, C, gate_outputs, gate_outputs, H};
+  kda::LinearsParams inputs;
+  inputs.count = kInputs;
+  inputs.depth = narrow(K, "K");
+  inputs.rows = static_cast<int>(N);
+  int64_t before = 0;
+  for (int i = 0; i < kInputs; ++i) {
+    inputs.jobs[i] = {bf16_tensor(x, N * K, "x"), bf16_tensor(weights[i], sizes[i] * K, "a weight"),
+                      static_cast<int>(sizes[i]), static_cast<int>(before)};
+    before += sizes[i];
+  }
+  kda::LinearsParams gates;
+  if (decay_weight) {
+    gates.count = 2;
+    gates.depth = static_cast<int>(D);
+    gates.rows = inputs.rows;
+    gates.jobs[0] = {nullptr, bf16_tensor(*decay_weight, C * D, "decay_weight"), static_cast<int>(C), 0};
+    gates.jobs[1] = {nullptr, bf16_tensor(*gate_weight, C * D, "gate_weight"), static_cast<int>(C),
+                     static_cast<int>(C)};
+  }
+  kda::LinearsParams output;
+  output.count = 1;
+  output.depth = static_cast<int>(C);
+  output.rows = inputs.rows;
+  output.jobs[0] = {nullptr, bf16_tensor(out_weight, outputs * C, "out_weight"), static_cast<int>(outputs), 0};
+
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  // What one kernel hands to the next: outputs of the first projections, of the gates' second ones, and of the step. Parts
+  // begin at multiples of 16 bytes: only beta, the last of its kernel, need not be a multiple of that.
+  const int64_t projected = (N * before + 7) / 8 * 8, second = decay_weight ? 2 * N * C : 0;
+  const Tensor scratch = torch::stable::new_empty(x, {projected + second + N * C});
+  const Tensor y = torch::stable::new_empty(x, {N, 1, outputs});
+  uint16_t* const begin = static_cast<uint16_t*>(scratch.data_ptr());
+  auto part = [&](int i) { return begin + N * inputs.jobs[i].first_output; };
+  inputs.out = begin;
+  for (int i = 0; i < kda::kConvParts; ++i) step.qkv[i] = part(i);
+  step.decay = part(3), step.gate = part(4), step.beta = part(5);
+  if (decay_weight) {
+    gates.jobs[0].x = step.decay, gates.jobs[1].x = step.gate;
+    gates.out = begin + projected;
+    step.decay = begin + projected, step.gate = begin + projected + N * C;
+  }
+  step.out = begin + projected + second;
+  output.jobs[0].x = step.out;
+  output.out = y.data_ptr();
+
+  const cudaStream_t stream = stream_of(x);
+  cudaError_t error = kda::launch_linears(inputs, stream);
+  if (error == cudaSuccess && decay_weight) error = kda::launch_linears(gates, stream);
+  if (error == cudaSuccess) error = kda::launch_step(step, stream);
+  if (error == cudaSuccess) error = kda::launch_linears(output, stream);
+  STD_TORCH_CHECK(error == cudaSuccess, "whole_step: ", cudaGetErrorString(error));
+  return y;
 }
 
 // The namespace is a macro: one more step expands it.
@@ -282,6 +382,10 @@ FRAGMENT(TORCH_EXTENSION_NAME, ops) {
       "layer_step(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor gate, Tensor conv_weight, "
       "Tensor(a!) conv_state, Tensor? A_log, Tensor? dt_bias, Tensor(b!) state, Tensor norm_weight, Tensor(c!) out, "
       "float scale, float? lower_bound, float eps) -> ()");
+  ops.def(
+      "whole_step(Tensor x, Tensor[] weights, Tensor? decay_weight, Tensor? gate_weight, Tensor out_weight, "
+      "Tensor conv_weight, Tensor(a!) conv_state, Tensor? A_log, Tensor? dt_bias, Tensor(b!) state, "
+      "Tensor norm_weight, float scale, float? lower_bound, float eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
@@ -289,4 +393,5 @@ STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {
   ops.impl("gated_rms_norm", TORCH_BOX(&gated_rms_norm));
   ops.impl("few_row_linears", TORCH_BOX(&few_row_linears));
   ops.impl("layer_step", TORCH_BOX(&layer_step));
+  ops.impl("whole_step", TORCH_BOX(&whole_step));
 }

@@ -38,7 +38,7 @@ def linears(modules: tuple[nn.Linear, ...], inputs: tuple[torch.Tensor, ...], fe
     products are summed in float32 and rounded once. Modules of another kind (quantised, adapted, hooked, with a bias) are
     called as ever.
     """
-    if few_rows and all(map(_is_plain, modules)) and len({x.shape[-1] for x in inputs}) == 1:
+    if few_rows and all(map(is_plain, modules)) and len({x.shape[-1] for x in inputs}) == 1:
         B, T, depth = inputs[0].shape
         sizes = [module.weight.shape[0] for module in modules]
         # Parts begin at multiples of 16 bytes, for whoever reads them next.
@@ -49,7 +49,8 @@ def linears(modules: tuple[nn.Linear, ...], inputs: tuple[torch.Tensor, ...], fe
     return [module(x) for module, x in zip(modules, inputs)]
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module is nothing but a product with its bfloat16 weight."""
     return (
         type(module) is nn.Linear
         and module.bias is None

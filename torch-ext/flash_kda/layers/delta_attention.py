@@ -23,7 +23,7 @@ from ..gated_norm import gated_rms_norm
 from ..linears import are_few_rows, linears
 from ..recurrent import fused_recurrent_kda
 from ..short_conv import short_conv
-from ..step import serves, step
+from ..step import serves, step, whole_step
 from .kda import _packed_offsets
 
 # Class of a transformers model -> the family that defines it. The layers below bear the names of the classes.
@@ -123,6 +123,10 @@ def _forward(module, x, decay, lower_bound, output, cache, kwargs) -> torch.Tens
     conv_state, state = _states(cache, module.layer_idx)
     qkv_modules = (module.q_proj, module.k_proj, module.v_proj)
     few = are_few_rows(x)
+    if few and x.shape[1] == 1:
+        y = _whole_step(module, x, qkv_modules, decay, output, lower_bound, conv_state, state, cu_seqlens)
+        if y is not None:
+            return y
     if few:  # a decode step: what reads x in one launch
         *qkv, f, g, beta = linears((*qkv_modules, decay[0], output[0], module.b_proj), (x,) * 6, few)
         if len(decay) == 2:
@@ -143,6 +147,16 @@ def _forward(module, x, decay, lower_bound, output, cache, kwargs) -> torch.Tens
     norm = module.o_norm
     o = gated_rms_norm(o, g.view(o.shape), norm.weight, norm.variance_epsilon).flatten(2)
     return linears((module.o_proj,), (o,), few)[0]
+
+
+def _whole_step(module, x, qkv, decay, output, lower_bound, conv_state, state, cu_seqlens) -> torch.Tensor | None:
+    """One token a sequence by one op, projections included; None where that cannot be."""
+    if state is None or cu_seqlens is not None or module.activation not in ("silu", "swish"):
+        return None
+    gate, norm = module.forget_gate, module.o_norm
+    A_log, dt_bias = _wide(gate.A_log), _wide(gate.dt_bias)
+    parts = module.b_proj, module.o_proj, module.conv1d, conv_state, A_log, dt_bias, lower_bound, state
+    return whole_step(x, qkv, decay, output, *parts, norm.weight, norm.variance_epsilon)
 
 
 def _step(module, qkv, f, beta, g, lower_bound, conv_state, state, cu_seqlens) -> torch.Tensor | None:
