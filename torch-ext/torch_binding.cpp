@@ -312,6 +312,7 @@ Sizes set_prefill_inputs(kda::PrefillParams& params, const Inputs& in, const Opt
   const Sizes sizes = set_inputs(params, in, tma_rows);
   set_options(params, in, sizes, options);
   params.state.v_first = options.state_v_first;
+  params.state.num_slots = INT64_MAX;  // of the smaller pool, where both are one
   params.batch = narrow(sizes.B, "B");
   params.heads = narrow(sizes.H, "H");
   narrow(2 * sizes.N * sizes.HV, "2 * N * HV");  // CTAs of the recurrence
@@ -375,7 +376,6 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
   params.batch_invariant = batch_invariant;
 
   kda::StateParams& state = params.state;
-  state.num_slots = INT64_MAX;  // of the smaller pool, where both are one
   STD_TORCH_CHECK(min_state_index >= 0, "prefill: min_state_index must not be negative");
   if (ssm_state_indices) {
     state.slots = indices(Arg(*ssm_state_indices, "ssm_state_indices"), device, N, 1);
