@@ -1,13 +1,17 @@
 """Which path a call takes, and what is said about it."""
 
 import logging
+import os
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from cases import KERNEL, PROFILES, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"q": (1, 70, 2, 128), "k": (1, 70, 2, 128), "v": (1, 70, 4, 128), "g": (1, 70, 4, 128), "beta": (1, 70, 4)}
 
 
@@ -114,6 +118,80 @@ def test_the_gpu_falls_back_with_a_warning(kernel, monkeypatch):
     monkeypatch.setenv("FLASH_KDA_STRICT", "1")
     with pytest.raises(RuntimeError, match="FLASH_KDA_STRICT"):
         kernel.chunk_kda(**args)
+
+
+# --- the straight way
+
+
+def test_the_environment_is_read_at_each_call(kernel, monkeypatch):
+    """As `in os.environ` would, whatever way a variable came and went."""
+    for name, is_set in (
+        ("FLASH_KDA_VALIDATE", kernel.prefill.validates),
+        ("FLASH_KDA_BATCH_INVARIANT", kernel.prefill.batch_invariant),
+    ):
+        monkeypatch.delenv(name, raising=False)
+        assert not is_set()
+        monkeypatch.setenv(name, "0")
+        assert is_set()
+        del os.environ[name]
+        assert not is_set()
+        os.environ[name] = "1"
+        assert is_set()
+        os.environ.pop(name)
+        assert not is_set()
+
+
+def test_flags_are_those_of_the_ops(kernel):
+    """The bits of an op's `flags` have the same names and values in Python and C++."""
+    source = (ROOT / "torch-ext" / "torch_binding.cpp").read_text()
+    flags = dict(re.findall(r"k(\w+) = (\d+),", re.search(r"enum Flag .*?{(.*?)}", source, re.DOTALL)[1]))
+    assert len(flags) == 7
+    for name, bit in flags.items():
+        ours = re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper()
+        assert getattr(kernel.prefill, ours) == int(bit), ours
+    assert sum(map(int, flags.values())) == 2 ** len(flags) - 1
+
+
+@pytest.mark.gpu
+def test_the_ops_refuse_before_they_write(kernel):
+    """What the checked way would name or prepare."""
+    args = make(KERNEL, T=2, H=1, HV=2, gate="lower_bound")
+    tensors = [args[n] for n in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")]
+    state = torch.zeros(1, 2, 128, 128, device="cuda")
+    gate, neg = kernel.prefill.USE_GATE_IN_KERNEL, kernel.prefill.ALLOW_NEG_EIGVAL
+
+    def prefill(*tensors, scale=None, lower_bound=-5.0, flags=gate, state=None, cu=None):
+        return kernel._ops.ops.prefill_new(*tensors, state, cu, scale, lower_bound, flags)
+
+    def decode(*tensors, scale=None, lower_bound=-5.0, flags=gate, state=None, cu=None, most=16):
+        inplace = flags | (kernel.prefill.INPLACE_FINAL_STATE if state is not None else 0)
+        return kernel._ops.ops.decode_new(
+            *tensors, state, cu, None, None, None, None, scale, lower_bound, inplace, 0, most
+        )
+
+    for op in (prefill, decode):
+        op(*tensors)
+        for wrong in (
+            {"scale": float("nan")},
+            {"lower_bound": 0.0},
+            {"lower_bound": float("-inf")},
+            {"flags": gate | neg},
+            {"state": state[:0]},
+            {"state": state.half()},
+            {"cu": torch.zeros(2, device="cuda")},
+        ):
+            with pytest.raises(RuntimeError):
+                op(*tensors, **{"state": state, **wrong})
+            assert not state.any()
+        for n, x in enumerate(tensors):
+            with pytest.raises(RuntimeError):
+                op(*tensors[:n], x.double(), *tensors[n + 1 :], state=state)
+            assert not state.any()
+    with pytest.raises(RuntimeError, match="more than 1 tokens a sequence"):
+        decode(*tensors, most=1, state=state)
+    with pytest.raises(RuntimeError, match="no tokens"):
+        prefill(*(x[:, :0] for x in tensors[:5]), *tensors[5:])
+    assert not state.any()
 
 
 # --- what the kernel is handed

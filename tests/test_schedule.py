@@ -35,7 +35,7 @@ int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpo
     std::pair<char const*, long long> const answers[] = {
         {"fused", s.fused}, {"split", s.split}, {"walkers", s.walkers}, {"ring", ring},
         {"pieces", s.cut.pieces}, {"piece_chunks", s.cut.chunks}, {"shares", kda::shares(call, sms)},
-        {"workspace", size}, {"needed", kda::needed_workspace(call, sms)}, {"slots", slabs.slots},
+        {"workspace", size}, {"needed", kda::needed_workspace(call, s, sms)}, {"slots", slabs.slots},
         {"slab_slots", slabs.slab_slots}, {"buffers", slabs.buffers}, {"split_values", slabs.split_values},
         {"records", slabs.records_bytes}, {"carry", slabs.carry_bytes}};
     char const* before = "{";

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 
 void prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
              const torch::stable::Tensor& g, const torch::stable::Tensor& beta,
@@ -20,6 +21,15 @@ void prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k, con
              const std::optional<torch::stable::Tensor>& checkpoint_indices,
              const std::optional<torch::stable::Tensor>& checkpoint_indptr, int64_t checkpoint_multiple,
              bool batch_invariant);
+
+// The same for a call without pools and checkpoints, with results and a workspace of its own: it returns `out` and
+// `final_state`, which is absent unless `flags` ask for it. Refuses what it cannot serve before anything is written.
+std::tuple<torch::stable::Tensor, std::optional<torch::stable::Tensor>> prefill_new(
+    const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+    const torch::stable::Tensor& g, const torch::stable::Tensor& beta,
+    const std::optional<torch::stable::Tensor>& A_log, const std::optional<torch::stable::Tensor>& dt_bias,
+    const std::optional<torch::stable::Tensor>& initial_state, const std::optional<torch::stable::Tensor>& cu_seqlens,
+    std::optional<double> scale, std::optional<double> lower_bound, int64_t flags);
 
 // Bytes of workspace that `prefill` asks for; flash_kda.prefill.workspace_size computes the same in Python.
 int64_t prefill_workspace_size(int64_t tokens_per_batch, int64_t batch, int64_t num_seqs, int64_t value_heads,
@@ -38,3 +48,15 @@ void decode(const torch::stable::Tensor& q, const torch::stable::Tensor& k, cons
             const std::optional<torch::stable::Tensor>& token_states, double scale, std::optional<double> lower_bound,
             bool use_gate_in_kernel, bool use_qk_l2norm_in_kernel, bool use_beta_sigmoid_in_kernel,
             bool allow_neg_eigval, bool state_v_first, bool inplace_final_state, int64_t min_state_index);
+
+// The same with results of its own, as far as they are wanted: it returns `out`, absent where the caller brings one, and
+// `final_state`. Refuses more than `most_tokens` tokens a sequence, and what `decode` does, before anything is written.
+std::tuple<std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>> decode_new(
+    const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+    const torch::stable::Tensor& g, const torch::stable::Tensor& beta,
+    const std::optional<torch::stable::Tensor>& A_log, const std::optional<torch::stable::Tensor>& dt_bias,
+    const std::optional<torch::stable::Tensor>& initial_state, const std::optional<torch::stable::Tensor>& cu_seqlens,
+    const std::optional<torch::stable::Tensor>& ssm_state_indices,
+    const std::optional<torch::stable::Tensor>& num_accepted_tokens, const std::optional<torch::stable::Tensor>& out,
+    const std::optional<torch::stable::Tensor>& token_states, std::optional<double> scale,
+    std::optional<double> lower_bound, int64_t flags, int64_t min_state_index, int64_t most_tokens);

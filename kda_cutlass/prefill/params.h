@@ -116,7 +116,11 @@ int64_t prefill_workspace_size(int64_t tokens_per_batch, int batch, int num_seqs
 int64_t prefill_workspace_needed(int64_t tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed,
                                  bool checkpoints, int sms);
 
-// Launches the prefill on `stream`. Returns the first CUDA error of the launches.
-cudaError_t launch_prefill(const PrefillParams& params, cudaStream_t stream);
+inline CallShape call_shape(const PrefillParams& p) {
+  return {p.tokens, p.batch, p.num_seqs, p.value_heads, p.cu_seqlens != nullptr, p.checkpoints.states.data != nullptr};
+}
+
+// Launches the prefill on `stream`, by the schedules of its shape. Returns the first CUDA error of the launches.
+cudaError_t launch_prefill(const PrefillParams& params, const Schedules& schedules, cudaStream_t stream);
 
 }  // namespace kda

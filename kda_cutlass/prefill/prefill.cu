@@ -156,10 +156,6 @@ cudaError_t launch_recurrence(RecurrenceParams const& params, cudaStream_t strea
   return launch(kKernel, grid, Shape::kThreads, kSmem, Start::kOverlap, params, stream);
 }
 
-CallShape shape_of(PrefillParams const& p) {
-  return {p.tokens, p.batch, p.num_seqs, p.value_heads, p.cu_seqlens != nullptr, p.checkpoints.states.data != nullptr};
-}
-
 // The checkpoints between chunks (checkpoints.cuh): a prepare and a recurrence over the pieces of as many entries as
 // the workspace holds records, whose list lies where the recurrence before kept its carries. The host does not see the
 // offsets; where none asks for it the kernels return at once.
@@ -213,14 +209,15 @@ int64_t prefill_workspace_size(int64_t tokens, int batch, int num_seqs, int valu
 int64_t prefill_workspace_needed(int64_t tokens, int batch, int num_seqs, int value_heads, bool packed,
                                  bool checkpoints, int sms) {
   if (num_seqs == 0 || value_heads == 0) return 0;
-  return needed_workspace({tokens, batch, num_seqs, value_heads, packed, checkpoints}, sms > 0 ? sms : sm_count());
+  CallShape const call = {tokens, batch, num_seqs, value_heads, packed, checkpoints};
+  if (sms <= 0) sms = sm_count();
+  return needed_workspace(call, choose_schedules(call, sms), sms);
 }
 
-cudaError_t launch_prefill(PrefillParams const& p, cudaStream_t stream) {
+cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, cudaStream_t stream) {
   if (p.num_seqs == 0 || p.value_heads == 0) return cudaSuccess;
-  CallShape const shape = shape_of(p);
+  CallShape const shape = call_shape(p);
   int const sms = sm_count();
-  Schedules const schedules = choose_schedules(shape, sms);
   Slabs const slabs = make_slabs(shape, p.workspace_bytes, sms);
   Sequences const sequences = {p.cu_seqlens, p.cu_seqlens_is_int64, p.num_seqs,
                                static_cast<int>((p.tokens + kChunk - 1) / kChunk), p.tokens};

@@ -244,8 +244,7 @@ inline int64_t workspace_size(CallShape const& call) {
 }
 
 // What the schedules that a call may take do take of that.
-inline int64_t needed_workspace(CallShape const& call, int sms) {
-  Schedules const schedules = choose_schedules(call, sms);
+inline int64_t needed_workspace(CallShape const& call, Schedules const& schedules, int sms) {
   if (schedules.fused && !schedules.split && schedules.walkers == 0)
     return kFlagBytes + (shares(call, sms) ? carry_bytes(sms) : 0);
   if (schedules.walkers == 0) return workspace_size(call);

@@ -8,13 +8,24 @@ leaves every other check to the op, which refuses before it writes. What is refu
 from __future__ import annotations
 
 import logging
-import os
 
 import torch
 
 from ._ops import add_op_namespace_prefix, ops
 from .contract import STATE_FLOATS, Call, States, as_parameter
-from .prefill import HEAD_DIM, goes_straight
+from .prefill import (
+    ALLOW_NEG_EIGVAL,
+    HEAD_DIM,
+    INPLACE_FINAL_STATE,
+    OUTPUT_FINAL_STATE,
+    STATE_V_FIRST,
+    USE_BETA_SIGMOID_IN_KERNEL,
+    USE_GATE_IN_KERNEL,
+    USE_QK_L2NORM_IN_KERNEL,
+    batch_invariant,
+    goes_straight,
+    new_state,
+)
 
 logger = logging.getLogger("flash_kda")
 
@@ -24,11 +35,17 @@ CHANNELS = 4  # that the kernel reads at a time of q, k, v and g
 
 AVAILABLE = hasattr(ops, "decode")
 if AVAILABLE:
-    _op = ops.decode.default
+    _decode_new = ops.decode_new.default
 
     @torch.library.register_fake(add_op_namespace_prefix("decode"))
     def _(*args) -> None:
         return None
+
+    @torch.library.register_fake(add_op_namespace_prefix("decode_new"))
+    def _(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, indices, accepted, out, token_states, *options):
+        _scale, _lower_bound, flags, *_ = options
+        new_out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else None
+        return new_out, new_state(v, cu_seqlens, flags)
 
 
 def takes(call: Call) -> bool:
@@ -79,20 +96,9 @@ def attempt(
     try:
         if not goes_straight(q, k, v, g, beta, A_log, dt_bias, initial_state):
             return None
-        if type(scale) not in (float, type(None)):
+        if not (scale is None or type(scale) is float) or (cu_seqlens is not None and batch_invariant()):
             return None
-        B, T, _, K = q.shape
-        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if B * T > TOKENS * N or (cu_seqlens is not None and "FLASH_KDA_BATCH_INVARIANT" in os.environ):
-            return None
-        target = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
-        final_state = None
-        if output_final_state and not inplace_final_state:
-            if initial_state is not None and ssm_state_indices is None and initial_state.dtype is torch.float32:
-                final_state = torch.empty_like(initial_state, memory_format=torch.contiguous_format)  # 1 us less
-            else:
-                final_state = v.new_empty((N, v.shape[2], K, K), dtype=torch.float32)
-        _op(
+        new_out, final_state = _decode_new(
             q,
             k,
             v,
@@ -104,24 +110,25 @@ def attempt(
             cu_seqlens,
             ssm_state_indices,
             num_accepted_tokens,
-            target,
-            final_state,
+            out,
             token_states,
-            K**-0.5 if scale is None else scale,
+            scale,
             lower_bound,
-            use_gate_in_kernel,
-            use_qk_l2norm_in_kernel,
-            use_beta_sigmoid_in_kernel,
-            allow_neg_eigval,
-            state_v_first,
-            inplace_final_state,
+            (USE_QK_L2NORM_IN_KERNEL if use_qk_l2norm_in_kernel else 0)
+            | (USE_GATE_IN_KERNEL if use_gate_in_kernel else 0)
+            | (USE_BETA_SIGMOID_IN_KERNEL if use_beta_sigmoid_in_kernel else 0)
+            | (ALLOW_NEG_EIGVAL if allow_neg_eigval else 0)
+            | (STATE_V_FIRST if state_v_first else 0)
+            | (OUTPUT_FINAL_STATE if output_final_state else 0)
+            | (INPLACE_FINAL_STATE if inplace_final_state else 0),
             min_state_index,
+            TOKENS,
         )
     except Exception:  # whatever it was, the checked way meets it again and names it
         return None
     if logger.isEnabledFor(logging.INFO):
         logger.info("cuda decode: every condition of the kernel holds")
-    return target, initial_state if inplace_final_state else final_state
+    return new_out if out is None else out, initial_state if inplace_final_state else final_state
 
 
 def run(call: Call, out: torch.Tensor, final_state: torch.Tensor | None, states: States | None = None) -> None:

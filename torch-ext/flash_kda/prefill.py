@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 
 import torch
@@ -28,14 +27,35 @@ FLAG_BYTES = 4096  # kFlagBytes in schedule.h
 ALIGNMENT = 16  # bytes: TMA reads rows at such addresses and strides
 WORKSPACE_ALIGNMENT = 256  # bytes
 
+# Bits of the `flags` of the ops that allocate their results, named as the arguments (torch_binding.cpp)
+USE_QK_L2NORM_IN_KERNEL = 1
+USE_GATE_IN_KERNEL = 2
+USE_BETA_SIGMOID_IN_KERNEL = 4
+ALLOW_NEG_EIGVAL = 8
+STATE_V_FIRST = 16
+OUTPUT_FINAL_STATE = 32
+INPLACE_FINAL_STATE = 64
+
 
 AVAILABLE = hasattr(ops, "prefill")
 if AVAILABLE:
-    _op = ops.prefill.default
+    _prefill_new = ops.prefill_new.default
 
     @torch.library.register_fake(add_op_namespace_prefix("prefill"))
     def _(*args, **kwargs) -> None:
         return None
+
+    @torch.library.register_fake(add_op_namespace_prefix("prefill_new"))
+    def _(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, lower_bound, flags):
+        return torch.empty_like(v, memory_format=torch.contiguous_format), new_state(v, cu_seqlens, flags)
+
+
+def new_state(v, cu_seqlens, flags: int) -> torch.Tensor | None:
+    """The final state that such an op returns."""
+    if not flags & OUTPUT_FINAL_STATE or flags & INPLACE_FINAL_STATE:
+        return None
+    N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return v.new_empty((N, v.shape[2], HEAD_DIM, HEAD_DIM), dtype=torch.float32)
 
 
 def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int, packed: bool) -> int:
@@ -55,20 +75,43 @@ def needed_workspace(
     return ops.prefill_workspace_needed(tokens, batch, num_sequences, value_heads, packed, checkpoints, sms)
 
 
-@functools.lru_cache(maxsize=None)
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+def _environment() -> tuple:
+    """What holds the names of the environment's variables, and what a name is called there.
+
+    Asking ``os.environ`` for a name that it lacks raises and catches two errors, which takes 1.2 us; the dict in which it
+    keeps what Python has set does not.
+    """
+    try:
+        return os.environ._data, os.environ.encodekey
+    except AttributeError:
+        return os.environ, str
 
 
-def goes_straight(q, *others) -> bool:
-    """Whether a call with these tensors (or None) may go straight to an op, as far as only Python knows."""
-    return (
-        q.dtype is torch.bfloat16
-        and q.is_cuda
-        and _is_hopper(q.device)
-        and "FLASH_KDA_VALIDATE" not in os.environ
-        and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others)))
-    )
+_variables, _called = _environment()
+_VALIDATE = _called("FLASH_KDA_VALIDATE")
+_BATCH_INVARIANT = _called("FLASH_KDA_BATCH_INVARIANT")
+
+
+def validates() -> bool:
+    """Whether ``FLASH_KDA_VALIDATE`` is set, to anything."""
+    return _VALIDATE in _variables
+
+
+def batch_invariant() -> bool:
+    """Whether ``FLASH_KDA_BATCH_INVARIANT`` is set, to anything."""
+    return _BATCH_INVARIANT in _variables
+
+
+def goes_straight(*tensors) -> bool:
+    """Whether a call with these tensors (or None), of which q is the first, may go straight to an op, as far as only
+    Python knows."""
+    if not tensors[0].is_cuda or validates():
+        return False
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return False
+    return True
 
 
 def attempt(
@@ -93,42 +136,17 @@ def attempt(
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Runs a call of :func:`flash_kda.chunk_kda` that needs no preparation, or returns None and has written nothing.
 
-    The op checks shapes, dtypes, devices, strides and addresses; here stands what it does not ask. That takes the host
-    half of the time of the checked way.
+    The op checks all that contract.py and dispatch.py do, and allocates the results; here stands what it cannot see. That
+    takes a fraction of the time of the checked way.
     """
     try:
-        if not goes_straight(q, k, v, g, beta, A_log, dt_bias, initial_state):
+        if not goes_straight(q, k, v, g, beta, A_log, dt_bias, initial_state) or batch_invariant():
             return None
-        if not (scale is None or (type(scale) is float and math.isfinite(scale))):
+        if not (scale is None or type(scale) is float) or not (lower_bound is None or type(lower_bound) is float):
             return None
-        if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+        if safe_gate and use_gate_in_kernel and lower_bound is None:
             return None
-        if "FLASH_KDA_BATCH_INVARIANT" in os.environ:
-            return None
-        B, T, _, K = q.shape
-        HV = v.shape[2]
-        if use_gate_in_kernel:
-            if lower_bound is None:
-                if safe_gate:
-                    return None
-            elif type(lower_bound) is not float or not -math.inf < lower_bound < 0:
-                return None
-            if dt_bias is not None and dt_bias.dim() == 1:
-                dt_bias = dt_bias.view(HV, K)
-        elif lower_bound is not None:
-            return None
-        else:
-            A_log = dt_bias = None
-        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if B * T * N == 0:
-            return None
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        final_state = None
-        if output_final_state:
-            final_state = torch.empty((N, HV, K, K), dtype=torch.float32, device=v.device)
-        size = needed_workspace(B, T, N, HV, cu_seqlens is not None, False, v.device)
-        workspace = torch.empty(size, dtype=torch.uint8, device=v.device)
-        _op(
+        result = _prefill_new(
             q,
             k,
             v,
@@ -138,22 +156,20 @@ def attempt(
             dt_bias,
             initial_state,
             cu_seqlens,
-            out,
-            final_state,
-            workspace,
-            K**-0.5 if scale is None else scale,
+            scale,
             lower_bound,
-            use_gate_in_kernel,
-            use_qk_l2norm_in_kernel,
-            use_beta_sigmoid_in_kernel,
-            allow_neg_eigval,
-            state_v_first,
+            (USE_QK_L2NORM_IN_KERNEL if use_qk_l2norm_in_kernel else 0)
+            | (USE_GATE_IN_KERNEL if use_gate_in_kernel else 0)
+            | (USE_BETA_SIGMOID_IN_KERNEL if use_beta_sigmoid_in_kernel else 0)
+            | (ALLOW_NEG_EIGVAL if allow_neg_eigval else 0)
+            | (STATE_V_FIRST if state_v_first else 0)
+            | (OUTPUT_FINAL_STATE if output_final_state else 0),
         )
     except Exception:  # whatever it was, the checked way meets it again and names it
         return None
     if logger.isEnabledFor(logging.INFO):
         logger.info("cuda prefill: every condition of the kernel holds")
-    return out, final_state
+    return result
 
 
 def run(
