@@ -42,6 +42,7 @@ STEPS = 8  # decode steps of a sample of a model; a layer's sample has eight tim
 NONE_TOKENS = 8192  # the longest prefill without kernels; 32768 tokens do not fit
 COMPILERS = 6  # processes that compile FLA's kernels
 SAMPLE_SECONDS = 2.5  # after as much, a time has samples enough if it has two
+WARM_UP = 8, 0.3  # calls before the first sample, slow in Python; and seconds after which fewer are enough
 SMALL = dict(
     vocab_size=512,
     hidden_size=256,
@@ -243,7 +244,13 @@ class Clock:
 
     def samples(self, call, inner: int = 1) -> list[float]:
         """Up to `repeats` samples, fewer of a slow call."""
-        call()
+        calls, seconds = WARM_UP
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+            self.wait()
+            if time.perf_counter() - start > seconds:
+                break
         gc.collect()
         gc.disable()
         try:

@@ -1,5 +1,6 @@
 """One small call of each mode of the kernels, for compute-sanitizer: `test_sanitizer.py` runs it."""
 
+import functools
 import os
 
 import torch
@@ -129,6 +130,14 @@ def layer_calls():
             y = kernel.step.step(
                 *normal(4, N, 1, C), normal(N, 1, H), normal(N, 1, C), normal(3 * C, 4), conv_state, *gate, state,
                 normal(128), 1e-5,
+            )  # fmt: skip
+            assert y.isfinite().all() and state.isfinite().all() and conv_state.isfinite().all()
+            linear = functools.partial(torch.nn.Linear, bias=False, device="cuda", dtype=torch.bfloat16)
+            gates = [(linear(72, 128), linear(128, C)) for _ in range(2)]
+            conv = torch.nn.Conv1d(3 * C, 3 * C, 4, groups=3 * C, bias=False, device="cuda", dtype=torch.bfloat16)
+            y = kernel.step.whole_step(
+                normal(N, 1, 72), [linear(72, C) for _ in range(3)], *gates, linear(72, H), linear(C, 72), conv,
+                conv_state, *gate, state, normal(128), 1e-5,
             )  # fmt: skip
             assert y.isfinite().all() and state.isfinite().all() and conv_state.isfinite().all()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import KERNEL, PROFILES, make
+from cases import KERNEL, PROFILES, make, make_state
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,13 +160,15 @@ def test_the_ops_refuse_before_they_write(kernel):
     state = torch.zeros(1, 2, 128, 128, device="cuda")
     gate, neg = kernel.prefill.USE_GATE_IN_KERNEL, kernel.prefill.ALLOW_NEG_EIGVAL
 
+    def inplace(flags, state):
+        return flags | (kernel.prefill.INPLACE_FINAL_STATE if state is not None else 0)
+
     def prefill(*tensors, scale=None, lower_bound=-5.0, flags=gate, state=None, cu=None):
-        return kernel._ops.ops.prefill_new(*tensors, state, cu, scale, lower_bound, flags)
+        return kernel._ops.ops.prefill_new(*tensors, state, cu, None, scale, lower_bound, inplace(flags, state))
 
     def decode(*tensors, scale=None, lower_bound=-5.0, flags=gate, state=None, cu=None, most=16):
-        inplace = flags | (kernel.prefill.INPLACE_FINAL_STATE if state is not None else 0)
         return kernel._ops.ops.decode_new(
-            *tensors, state, cu, None, None, None, None, scale, lower_bound, inplace, 0, most
+            *tensors, state, cu, None, None, None, None, scale, lower_bound, inplace(flags, state), 0, most
         )
 
     for op in (prefill, decode):
@@ -192,6 +194,24 @@ def test_the_ops_refuse_before_they_write(kernel):
     with pytest.raises(RuntimeError, match="no tokens"):
         prefill(*(x[:, :0] for x in tensors[:5]), *tensors[5:])
     assert not state.any()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_many_tokens_go_straight(kernel, monkeypatch):
+    """A recurrent call of many tokens, into the caller's tensors too, takes the prefill's op without the checked way, and has
+    its bits."""
+    args = make(KERNEL, B=2, T=70, H=2, HV=4)
+    args["initial_state"] = make_state(KERNEL, args)
+    args.pop("output_final_state", None)
+    expected = kernel.chunk_kda(**args, output_final_state=True)
+    monkeypatch.setattr(kernel.prefill, "run", None)
+    for o, state in (
+        kernel.fused_recurrent_kda(**args | {"output_final_state": True}),
+        kernel.fused_recurrent_kda(**args | {"output_final_state": True, "out": torch.empty_like(args["v"])}),
+        kernel.fused_recurrent_kda(**args | {"initial_state": args["initial_state"].clone()}, inplace_final_state=True),
+    ):
+        assert torch.equal(o, expected[0]) and torch.equal(state, expected[1])
 
 
 # --- what the kernel is handed

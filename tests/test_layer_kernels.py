@@ -462,6 +462,85 @@ def test_step_bad_input(kernel, position, change, says):
     assert all(x is None or torch.equal(x, y) for x, y in zip(arguments, before))
 
 
+def whole_step_case(N, H, low_rank, hidden=192):
+    """A layer's modules and tensors for one token of each of N sequences, by the names of `whole_step`'s arguments."""
+    C, bf16 = H * 128, dict(device="cuda", dtype=torch.bfloat16)
+
+    def linear(inputs, outputs, seed):
+        module = torch.nn.Linear(inputs, outputs, bias=False, **bf16)
+        module.weight.copy_(normal(outputs, inputs, seed=seed, **bf16) * inputs**-0.5)
+        return module
+
+    def gate(seed):
+        return (linear(hidden, 128, seed), linear(128, C, seed + 1)) if low_rank else (linear(hidden, C, seed),)
+
+    conv = torch.nn.Conv1d(3 * C, 3 * C, 4, groups=3 * C, bias=False, padding=3, **bf16)
+    return dict(
+        x=normal(N, 1, hidden, seed=1, **bf16),
+        qkv=tuple(linear(hidden, C, seed) for seed in (2, 3, 4)),
+        decay=gate(5),
+        gate=gate(7),
+        beta=linear(hidden, H, 9),
+        out=linear(C, hidden, 10),
+        conv=conv,
+        conv_state=normal(N, 3 * C, 4, seed=11, **bf16),
+        A_log=normal(H, seed=12, device="cuda"),
+        dt_bias=normal(C, seed=13, device="cuda"),
+        lower_bound=None,
+        state=normal(N, H, 128, 128, seed=14, device="cuda"),
+        norm_weight=normal(128, seed=15, **bf16),
+        eps=1e-5,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N, H", [(1, 1), (1, 32), (2, 3), (9, 4), (32, 5)], ids=str)
+@pytest.mark.parametrize("low_rank", [False, True], ids=["one projection a gate", "two"])
+@torch.no_grad()
+def test_whole_step(kernel, N, H, low_rank):
+    """By one op a step has the bits that its kernels give one by one."""
+    case = whole_step_case(N, H, low_rank)
+    kept = case["conv_state"].clone(), case["state"].clone()
+    linears = kernel.linears.linears
+    modules = (*case["qkv"], case["decay"][0], case["gate"][0], case["beta"])
+    q, k, v, f, g, beta = linears(modules, (case["x"],) * 6, True)
+    if low_rank:
+        f, g = linears((case["decay"][1], case["gate"][1]), (f, g), True)
+    o = kernel.step.step(
+        q, k, v, f, beta, g, case["conv"].weight.squeeze(1), kept[0], case["A_log"], case["dt_bias"], None, kept[1],
+        case["norm_weight"], 1e-5,
+    )  # fmt: skip
+    expected = linears((case["out"],), (o,), True)[0]
+    y = kernel.step.whole_step(**case)
+    assert torch.equal(y, expected) and y.isfinite().all() and y.abs().max() > 0
+    assert torch.equal(case["conv_state"], kept[0]) and torch.equal(case["state"], kept[1])
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_whole_step_declines(kernel):
+    """What the op does not serve is left to others, and nothing is written."""
+    case = whole_step_case(2, 2, True)
+    other = whole_step_case(3, 2, True)
+    hooked = whole_step_case(2, 2, True)["out"]
+    hooked.register_forward_hook(lambda *_: None)
+    for name, value in {
+        "x": other["x"],
+        "qkv": (*case["qkv"][:2], torch.nn.Linear(192, 256, device="cuda", dtype=torch.bfloat16)),
+        "decay": case["decay"][:1],
+        "beta": case["out"],
+        "out": hooked,
+        "conv": torch.nn.Conv1d(768, 768, 3, groups=768, bias=False, device="cuda"),
+        "conv_state": case["conv_state"].float(),
+        "A_log": None,
+        "state": case["state"].transpose(2, 3),
+        "norm_weight": case["norm_weight"][:64],
+    }.items():
+        kept = case["conv_state"].clone(), case["state"].clone()
+        assert kernel.step.whole_step(**case | {name: value}) is None, name
+        assert torch.equal(case["conv_state"], kept[0]) and torch.equal(case["state"], kept[1]), name
+
+
 # --- torch.compile, CUDA graphs -----------------------------------------------------------------------------------------
 
 

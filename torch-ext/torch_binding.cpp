@@ -449,24 +449,34 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
   launch(params, schedules, device);
 }
 
-std::tuple<Tensor, std::optional<Tensor>> prefill_new(
+std::tuple<std::optional<Tensor>, std::optional<Tensor>> prefill_new(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
     const std::optional<Tensor>& A_log, const std::optional<Tensor>& dt_bias,
-    const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens, std::optional<double> scale,
-    std::optional<double> lower_bound, int64_t flags) {
+    const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& out, std::optional<double> scale, std::optional<double> lower_bound, int64_t flags) {
   constexpr int64_t D = kda::kHeadDim;
   kda::PrefillParams params;
   const Sizes sizes = set_prefill_inputs(params, {"prefill", q, k, v, g, beta, A_log, dt_bias, cu_seqlens},
                                          {scale, lower_bound, flags});
-  if (initial_state) params.state.initial = prefill_states(Arg(*initial_state, "initial_state"), sizes, false);
+  const bool inplace = flags & kInplaceFinalState;
+  STD_TORCH_CHECK(initial_state || !inplace, "prefill: inplace_final_state needs initial_state");
+  if (initial_state) {
+    const Arg arg(*initial_state, "initial_state");
+    params.state.initial = prefill_states(arg, sizes, false);
+    STD_TORCH_CHECK(!inplace || arg.is_contiguous(), "prefill: initial_state must be contiguous");
+    if (inplace) params.state.final = params.state.initial;
+  }
   STD_TORCH_CHECK(sizes.T > 0 && sizes.N > 0, "prefill: there are no tokens");
+  if (out) set_prefill_out(params, sizes, Arg(*out, "out"));
   check_capability("prefill", sizes.device);
 
   const torch::stable::accelerator::DeviceGuard guard(sizes.device);
-  const Tensor out = empty({sizes.B, sizes.T, sizes.HV, D}, aoti_torch_dtype_bfloat16(), sizes.device);
-  set_prefill_out(params, sizes, Arg(out, "out"));
-  std::optional<Tensor> final_state;
-  if (flags & kOutputFinalState) {
+  std::optional<Tensor> new_out, final_state;
+  if (!out) {
+    new_out = empty({sizes.B, sizes.T, sizes.HV, D}, aoti_torch_dtype_bfloat16(), sizes.device);
+    set_prefill_out(params, sizes, Arg(*new_out, "out"));
+  }
+  if ((flags & kOutputFinalState) && !inplace) {
     final_state = empty({sizes.N, sizes.HV, D, D}, aoti_torch_dtype_float32(), sizes.device);
     params.state.final = prefill_states(Arg(*final_state, "final_state"), sizes, false);
   }
@@ -477,7 +487,7 @@ std::tuple<Tensor, std::optional<Tensor>> prefill_new(
   const Tensor workspace = empty({params.workspace_bytes}, aoti_torch_dtype_uint8(), sizes.device);
   params.workspace = workspace.data_ptr();
   launch(params, schedules, sizes.device);
-  return {out, final_state};
+  return {new_out, final_state};
 }
 
 // ---- decode
@@ -630,7 +640,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "bool batch_invariant=False) -> ()");
   ops.def(
       "prefill_new(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
-      "Tensor? initial_state, Tensor? cu_seqlens, float? scale, float? lower_bound, int flags) -> (Tensor, Tensor?)");
+      "Tensor(a!)? initial_state, Tensor? cu_seqlens, Tensor(b!)? out, float? scale, float? lower_bound, int flags) "
+      "-> (Tensor?, Tensor?)");
   ops.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor(a!)? initial_state, Tensor? cu_seqlens, Tensor? ssm_state_indices, Tensor? num_accepted_tokens, "

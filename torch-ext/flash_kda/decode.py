@@ -57,6 +57,15 @@ def takes(call: Call) -> bool:
     return call.batch_invariant or call.q.shape[0] * call.q.shape[1] <= TOKENS * call.num_sequences
 
 
+def are_few(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> bool:
+    """The same of tensors that nobody has looked at."""
+    try:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return q.shape[0] * q.shape[1] <= TOKENS * sequences
+    except (AttributeError, IndexError):
+        return True
+
+
 def serves(states: torch.Tensor, lead: int) -> bool:
     """Whether the kernel reads and writes these states in place; ``lead`` dimensions before [HV, 128, 128] have free
     strides."""

@@ -46,8 +46,9 @@ if AVAILABLE:
         return None
 
     @torch.library.register_fake(add_op_namespace_prefix("prefill_new"))
-    def _(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, scale, lower_bound, flags):
-        return torch.empty_like(v, memory_format=torch.contiguous_format), new_state(v, cu_seqlens, flags)
+    def _(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, scale, lower_bound, flags):
+        new_out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else None
+        return new_out, new_state(v, cu_seqlens, flags)
 
 
 def new_state(v, cu_seqlens, flags: int) -> torch.Tensor | None:
@@ -105,7 +106,7 @@ def batch_invariant() -> bool:
 def goes_straight(*tensors) -> bool:
     """Whether a call with these tensors (or None), of which q is the first, may go straight to an op, as far as only
     Python knows."""
-    if not tensors[0].is_cuda or validates():
+    if tensors[0].dtype is not torch.bfloat16 or not tensors[0].is_cuda or validates():
         return False
     if torch.is_grad_enabled():
         for x in tensors:
@@ -133,8 +134,11 @@ def attempt(
     lower_bound,
     state_v_first,
     cu_seqlens,
+    out=None,
+    inplace_final_state=False,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Runs a call of :func:`flash_kda.chunk_kda` that needs no preparation, or returns None and has written nothing.
+    """Runs a call of :func:`flash_kda.chunk_kda`, or of ``fused_recurrent_kda`` with many tokens, that needs no preparation;
+    or returns None and has written nothing.
 
     The op checks all that contract.py and dispatch.py do, and allocates the results; here stands what it cannot see. That
     takes a fraction of the time of the checked way.
@@ -146,7 +150,7 @@ def attempt(
             return None
         if safe_gate and use_gate_in_kernel and lower_bound is None:
             return None
-        result = _prefill_new(
+        new_out, final_state = _prefill_new(
             q,
             k,
             v,
@@ -156,6 +160,7 @@ def attempt(
             dt_bias,
             initial_state,
             cu_seqlens,
+            out,
             scale,
             lower_bound,
             (USE_QK_L2NORM_IN_KERNEL if use_qk_l2norm_in_kernel else 0)
@@ -163,13 +168,14 @@ def attempt(
             | (USE_BETA_SIGMOID_IN_KERNEL if use_beta_sigmoid_in_kernel else 0)
             | (ALLOW_NEG_EIGVAL if allow_neg_eigval else 0)
             | (STATE_V_FIRST if state_v_first else 0)
-            | (OUTPUT_FINAL_STATE if output_final_state else 0),
+            | (OUTPUT_FINAL_STATE if output_final_state else 0)
+            | (INPLACE_FINAL_STATE if inplace_final_state else 0),
         )
     except Exception:  # whatever it was, the checked way meets it again and names it
         return None
     if logger.isEnabledFor(logging.INFO):
         logger.info("cuda prefill: every condition of the kernel holds")
-    return result
+    return new_out if out is None else out, initial_state if inplace_final_state else final_state
 
 
 def run(

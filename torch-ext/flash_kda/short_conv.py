@@ -7,7 +7,7 @@ import torch
 from . import reference
 from ._ops import add_op_namespace_prefix, ops
 from .contract import FLOATS, _broken, _dense_rows, _has_shape, _shape, _tensor
-from .dispatch import why_not_native
+from .dispatch import _capability, why_not_native
 
 WIDTHS = (2, 3, 4)
 ACTIVATIONS = (None, "silu", "swish")
@@ -67,6 +67,9 @@ def short_conv(
     Source: Kimi Linear (arXiv:2510.26692), "ShortConv" of q, k and v.
     """
     parts = (x,) if isinstance(x, torch.Tensor) else tuple(x)
+    y = _attempt(parts, weight, bias, activation, initial_state, final_state, cu_seqlens)
+    if y is not None:
+        return y[0] if len(parts) == 1 else y
     _check(parts, weight, bias, activation, initial_state, final_state, cu_seqlens)
     silu = activation is not None
     tensors = (*parts, weight, bias, initial_state)
@@ -79,6 +82,27 @@ def short_conv(
     else:
         y = _execute(parts, weight, bias, initial_state, cu_seqlens, final_state, silu).unbind(0)
     return y[0] if len(parts) == 1 else tuple(y)
+
+
+def _attempt(
+    parts, weight, bias, activation, initial_state, final_state, cu_seqlens
+) -> tuple[torch.Tensor, ...] | None:
+    """Runs a call that needs no preparation, as the op sees, which refuses before it writes; or returns None."""
+    try:
+        x = parts[0]
+        if (
+            not (AVAILABLE and x.is_cuda and activation in ACTIVATIONS)
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or _capability(x.device) != (9, 0)
+        ):
+            return None
+        k, v = parts[1:] or (None, None)
+        out = x.new_empty((len(parts), *x.shape))
+        _native(x, k, v, weight, bias, initial_state, cu_seqlens, out, final_state, activation is not None)
+    except Exception:  # whatever it was, the checked way meets it again and names it
+        return None
+    return out.unbind(0)
 
 
 def _check(parts, weight, bias, activation, initial_state, final_state, cu_seqlens) -> None:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import weakref
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..chunk import chunk_kda
 from ..gated_norm import gated_rms_norm
@@ -207,8 +207,8 @@ def _attend(module, q, k, v, f, beta, lower_bound, state, cache, cu_seqlens) -> 
 
 
 # The kernels read a gate's parameters in float32; Kimi Linear keeps them in bfloat16. Two casts a step are more kernels than
-# the step itself has, so they are kept: parameter -> (its version and address, the copy).
-_WIDE = WeakTensorKeyDictionary()
+# the step itself has, so they are kept: id of a parameter -> (that parameter, its version and address, the copy).
+_WIDE: dict[int, tuple[weakref.ref, tuple[int, int], torch.Tensor]] = {}
 
 
 def _wide(parameter: torch.Tensor) -> torch.Tensor:
@@ -216,14 +216,14 @@ def _wide(parameter: torch.Tensor) -> torch.Tensor:
         return parameter
     if torch.compiler.is_compiling() or parameter.is_inference():  # the latter has no version
         return parameter
-    key = (parameter._version, parameter.data_ptr())
-    known, copy = _WIDE.get(parameter, (None, None))
-    if known != key:
+    name, key = id(parameter), (parameter._version, parameter.data_ptr())
+    known = _WIDE.get(name)
+    if known is None or known[0]() is not parameter or known[1] != key:
         if torch.cuda.is_current_stream_capturing():  # a copy made in a graph is there after a replay only
             return parameter
         copy = parameter.detach().flatten().float()
-        _WIDE[parameter] = key, copy
-    return copy
+        _WIDE[name] = known = weakref.ref(parameter, lambda _: _WIDE.pop(name, None)), key, copy
+    return known[2]
 
 
 def _states(cache, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
