@@ -491,6 +491,17 @@ BAD = {
 }
 
 
+def test_bad_input_of_many_tokens(kernel, p):
+    """More tokens than the decode kernel serves: what only serving asks for is looked at all the same."""
+    args = make(p, T=70)
+    args["initial_state"] = state = make_state(p, args)
+    before = state.clone()
+    for index, error in ((-1, ValueError), (1.0, TypeError), (None, TypeError)):
+        with pytest.raises(error, match="min_state_index: expected"):
+            kernel.fused_recurrent_kda(**args, inplace_final_state=True, min_state_index=index)
+    assert torch.equal(state, before)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_writes_nothing(kernel, p, case):
     change, error, message = BAD[case]

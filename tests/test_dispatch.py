@@ -166,9 +166,9 @@ def test_the_ops_refuse_before_they_write(kernel):
     def prefill(*tensors, scale=None, lower_bound=-5.0, flags=gate, state=None, cu=None):
         return kernel._ops.ops.prefill_new(*tensors, state, cu, None, scale, lower_bound, inplace(flags, state))
 
-    def decode(*tensors, scale=None, lower_bound=-5.0, flags=gate, state=None, cu=None, most=16):
+    def decode(*tensors, scale=None, lower_bound=-5.0, flags=gate, state=None, cu=None):
         return kernel._ops.ops.decode_new(
-            *tensors, state, cu, None, None, None, None, scale, lower_bound, inplace(flags, state), 0, most
+            *tensors, state, cu, None, None, None, None, scale, lower_bound, inplace(flags, state), 0
         )
 
     for op in (prefill, decode):
@@ -189,8 +189,6 @@ def test_the_ops_refuse_before_they_write(kernel):
             with pytest.raises(RuntimeError):
                 op(*tensors[:n], x.double(), *tensors[n + 1 :], state=state)
             assert not state.any()
-    with pytest.raises(RuntimeError, match="more than 1 tokens a sequence"):
-        decode(*tensors, most=1, state=state)
     with pytest.raises(RuntimeError, match="no tokens"):
         prefill(*(x[:, :0] for x in tensors[:5]), *tensors[5:])
     assert not state.any()

@@ -195,6 +195,7 @@ BAD_CONV = {
     "weight: expected shape \\[64, W\\], W from 2 to 4": lambda a: a | {"weight": a["weight"].repeat(1, 2)},
     "weight: expected shape \\[192, W\\]": lambda a: a | {"x": (a["x"],) * 3},
     "bias: expected shape": lambda a: a | {"bias": a["bias"][1:]},
+    "bias: expected shape .*got \\[1, 64\\]": lambda a: a | {"bias": a["bias"][None]},
     "bias: expected dtype": lambda a: a | {"bias": a["bias"].double()},
     "activation: expected None or 'silu', got 'gelu'": lambda a: a | {"activation": "gelu"},
     "initial_state: expected shape \\[2, 64, 3 or 4\\]": lambda a: a | {"initial_state": a["initial_state"][..., 2:]},
@@ -207,11 +208,16 @@ BAD_CONV = {
 }
 
 
+# Where no gradient is recorded, a call goes straight to the op.
+by_grad = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+
+
+@by_grad
 @pytest.mark.parametrize("says", BAD_CONV)
-def test_conv_bad_input(kernel, device, says):
+def test_conv_bad_input(kernel, device, says, grad):
     args, _ = conv_case(device, torch.bfloat16, columns=4, bias=True)
     args["final_state"] = state = torch.zeros_like(args["initial_state"])
-    with pytest.raises((ValueError, TypeError), match=says):
+    with torch.set_grad_enabled(grad), pytest.raises((ValueError, TypeError), match=says):
         kernel.short_conv(**BAD_CONV[says](args))
     assert not state.any()
 
@@ -272,16 +278,19 @@ BAD_NORM = {
     "x: expected dtype": lambda x, gate, weight: (x.int(), gate, weight),
     "gate: expected shape": lambda x, gate, weight: (x, gate[1:], weight),
     "weight: expected shape": lambda x, gate, weight: (x, gate, weight[1:]),
+    "weight: expected shape .*got \\[1, 128\\]": lambda x, gate, weight: (x, gate, weight[None]),
     "weight: expected a torch.Tensor": lambda x, gate, weight: (x, gate, None),
-    "eps: expected a finite number": lambda x, gate, weight: (x, gate, weight, float("nan")),
+    "eps: expected a finite number, got nan": lambda x, gate, weight: (x, gate, weight, float("nan")),
+    "eps: expected a finite number, got inf": lambda x, gate, weight: (x, gate, weight, float("inf")),
     "eps: expected a number of at least 0": lambda x, gate, weight: (x, gate, weight, -1.0),
 }
 
 
+@by_grad
 @pytest.mark.parametrize("says", BAD_NORM)
-def test_norm_bad_input(kernel, device, says):
+def test_norm_bad_input(kernel, device, says, grad):
     x, weight = normal(3, 128, device=device).bfloat16(), normal(128, device=device).bfloat16()
-    with pytest.raises((ValueError, TypeError), match=says):
+    with torch.set_grad_enabled(grad), pytest.raises((ValueError, TypeError), match=says):
         kernel.gated_rms_norm(*BAD_NORM[says](x, x, weight))
 
 

@@ -603,14 +603,13 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> decode_new(
     const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
     const std::optional<Tensor>& ssm_state_indices, const std::optional<Tensor>& num_accepted_tokens,
     const std::optional<Tensor>& out, const std::optional<Tensor>& token_states, std::optional<double> scale,
-    std::optional<double> lower_bound, int64_t flags, int64_t min_state_index, int64_t most_tokens) {
+    std::optional<double> lower_bound, int64_t flags, int64_t min_state_index) {
   constexpr int64_t D = kda::kHeadDim;
   kda::DecodeParams params;
   const bool inplace = flags & kInplaceFinalState;
   const Sizes sizes = set_decode_inputs(
       params, {"decode", q, k, v, g, beta, A_log, dt_bias, cu_seqlens}, {scale, lower_bound, flags},
       {initial_state, ssm_state_indices, num_accepted_tokens, token_states, inplace, min_state_index});
-  STD_TORCH_CHECK(sizes.B * sizes.T <= most_tokens * sizes.N, "decode: more than ", most_tokens, " tokens a sequence");
   if (out) set_decode_out(params, sizes, Arg(*out, "out"));
   check_capability("decode", sizes.device);
 
@@ -651,8 +650,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def(
       "decode_new(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor(a!)? initial_state, Tensor? cu_seqlens, Tensor? ssm_state_indices, Tensor? num_accepted_tokens, "
-      "Tensor(b!)? out, Tensor(c!)? token_states, float? scale, float? lower_bound, int flags, int min_state_index, "
-      "int most_tokens) -> (Tensor?, Tensor?)");
+      "Tensor(b!)? out, Tensor(c!)? token_states, float? scale, float? lower_bound, int flags, int min_state_index) "
+      "-> (Tensor?, Tensor?)");
   ops.def("prefill_workspace_size(int tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed) -> int");
   ops.def(
       "prefill_workspace_needed(int tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed, "

@@ -52,7 +52,7 @@ void decode(const torch::stable::Tensor& q, const torch::stable::Tensor& k, cons
             bool allow_neg_eigval, bool state_v_first, bool inplace_final_state, int64_t min_state_index);
 
 // The same with results of its own, as far as they are wanted: it returns `out`, absent where the caller brings one, and
-// `final_state`. Refuses more than `most_tokens` tokens a sequence, and what `decode` does, before anything is written.
+// `final_state`. Refuses what `decode` refuses, before anything is written.
 std::tuple<std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>> decode_new(
     const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
     const torch::stable::Tensor& g, const torch::stable::Tensor& beta,
@@ -61,4 +61,4 @@ std::tuple<std::optional<torch::stable::Tensor>, std::optional<torch::stable::Te
     const std::optional<torch::stable::Tensor>& ssm_state_indices,
     const std::optional<torch::stable::Tensor>& num_accepted_tokens, const std::optional<torch::stable::Tensor>& out,
     const std::optional<torch::stable::Tensor>& token_states, std::optional<double> scale,
-    std::optional<double> lower_bound, int64_t flags, int64_t min_state_index, int64_t most_tokens);
+    std::optional<double> lower_bound, int64_t flags, int64_t min_state_index);

@@ -32,6 +32,7 @@ struct CallShape {
 
   bool one_length() const { return !packed || num_seqs == 1; }
   int64_t chains() const { return int64_t(num_seqs) * value_heads; }
+  int64_t mean_chunks() const { return (tokens * batch / num_seqs + kChunk - 1) / kChunk; }  // of a sequence
 };
 
 // Pieces that chains are cut into: piece n owns `chunks` chunks from n * chunks on. All but the first start kWarmUp
@@ -149,7 +150,7 @@ struct Schedules {
 inline Schedules choose_schedules(CallShape const& call, int sms) {
   if (call.checkpoints) return {false, true, 0, {}};  // only the recurrence writes them
   int const heads = call.value_heads;
-  int64_t const each = (call.tokens * call.batch / call.num_seqs + kChunk - 1) / kChunk, chunks = each * call.num_seqs;
+  int64_t const each = call.mean_chunks(), chunks = each * call.num_seqs;
   float const fused_cost = Choice::fused(each, chunks, call.num_seqs, heads, sms),
               split_cost = Choice::split(each, chunks, heads);
   Walkers const walkers = each > 0 ? choose_walkers(call, each, sms) : Walkers{};
@@ -212,7 +213,7 @@ KDA_HOST_DEVICE Portion deal_portion(int chains, int64_t chunks, int cta, int ct
 // Whether sharing pays, were all sequences of one length. It slows the kernel by a twentieth, unequal lengths too.
 constexpr int kMostSharers = 512;  // CTAs
 inline bool shares(CallShape const& call, int sms) {
-  int64_t const chains = call.chains(), each = (call.tokens * call.batch / call.num_seqs + kChunk - 1) / kChunk;
+  int64_t const chains = call.chains(), each = call.mean_chunks();
   if (chains <= sms || chains % sms == 0 || chains > (1 << 29) || sms > kMostSharers) return false;
   float const rounds = float(chains) / float(sms);
   float const whole = float((chains + sms - 1) / sms) * (each + Choice::kFusedChain),
@@ -236,10 +237,11 @@ inline int64_t carry_bytes(int value_heads) { return int64_t(value_heads) * kHea
 inline int64_t slot_capacity(int64_t workspace_bytes, int value_heads) {
   return std::max<int64_t>((workspace_bytes - kFlagBytes - 2 * carry_bytes(value_heads)) / slot_bytes(value_heads), 1);
 }
-// What a call asks for: at most the limit, or one chunk of every head where that is more.
-inline int64_t workspace_size(CallShape const& call) {
+// What a call asks for: at most the limit, or one chunk of every head where that is more; with `slots`, if more of them
+// are of no use.
+inline int64_t workspace_size(CallShape const& call, int64_t slots = INT64_MAX) {
   int64_t const most = slot_capacity(kWorkspaceLimit, call.value_heads);
-  return std::min(slot_count(call), most) * slot_bytes(call.value_heads) + kFlagBytes +
+  return std::min({slot_count(call), most, slots}) * slot_bytes(call.value_heads) + kFlagBytes +
          2 * carry_bytes(call.value_heads);
 }
 
@@ -248,10 +250,7 @@ inline int64_t needed_workspace(CallShape const& call, Schedules const& schedule
   if (schedules.fused && !schedules.split && schedules.walkers == 0)
     return kFlagBytes + (shares(call, sms) ? carry_bytes(sms) : 0);
   if (schedules.walkers == 0) return workspace_size(call);
-  int64_t const most = slot_capacity(kWorkspaceLimit, call.value_heads),
-                ring = (kRingRecords + call.value_heads - 1) / call.value_heads;
-  return std::min({slot_count(call), most, ring}) * slot_bytes(call.value_heads) + kFlagBytes +
-         2 * carry_bytes(call.value_heads);
+  return workspace_size(call, (kRingRecords + call.value_heads - 1) / call.value_heads);
 }
 
 // Records of each walker that the workspace holds, in the streamed schedule.

@@ -122,7 +122,7 @@ def chunk_kda(
         raise NotImplementedError("return_intermediate_states: not supported, expected False")
     if chunk_size not in (32, 64):
         raise ValueError(f"chunk_size: expected 32 or 64, got {chunk_size}")
-    plain = cu_seqlens_cpu is None and not use_graph and not batch_invariant
+    plain = cu_seqlens_cpu is None and not (use_graph or batch_invariant or (safe_gate and lower_bound is None))
     if prefill.AVAILABLE and plain and not torch.compiler.is_compiling():
         result = prefill.attempt(
             q,
@@ -139,7 +139,6 @@ def chunk_kda(
             use_gate_in_kernel,
             use_beta_sigmoid_in_kernel,
             allow_neg_eigval,
-            safe_gate,
             lower_bound,
             state_v_first,
             cu_seqlens,

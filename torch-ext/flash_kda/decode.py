@@ -13,19 +13,7 @@ import torch
 
 from ._ops import add_op_namespace_prefix, ops
 from .contract import STATE_FLOATS, Call, States, as_parameter
-from .prefill import (
-    ALLOW_NEG_EIGVAL,
-    HEAD_DIM,
-    INPLACE_FINAL_STATE,
-    OUTPUT_FINAL_STATE,
-    STATE_V_FIRST,
-    USE_BETA_SIGMOID_IN_KERNEL,
-    USE_GATE_IN_KERNEL,
-    USE_QK_L2NORM_IN_KERNEL,
-    batch_invariant,
-    goes_straight,
-    new_state,
-)
+from .prefill import HEAD_DIM, batch_invariant, flags, goes_straight, new_results
 
 logger = logging.getLogger("flash_kda")
 
@@ -43,9 +31,8 @@ if AVAILABLE:
 
     @torch.library.register_fake(add_op_namespace_prefix("decode_new"))
     def _(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, indices, accepted, out, token_states, *options):
-        _scale, _lower_bound, flags, *_ = options
-        new_out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else None
-        return new_out, new_state(v, cu_seqlens, flags)
+        _scale, _lower_bound, flags, _min_state_index = options
+        return new_results(v, out, cu_seqlens, flags)
 
 
 def takes(call: Call) -> bool:
@@ -54,11 +41,11 @@ def takes(call: Call) -> bool:
     The lengths of packed sequences are on the device, so their average decides, unless no bit may depend on what shares
     the batch.
     """
-    return call.batch_invariant or call.q.shape[0] * call.q.shape[1] <= TOKENS * call.num_sequences
+    return call.batch_invariant or are_few(call.q, call.cu_seqlens)
 
 
 def are_few(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> bool:
-    """The same of tensors that nobody has looked at."""
+    """Whether a sequence has few tokens on average. Tensors that nobody has looked at may be no tensors; then it is True."""
     try:
         sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return q.shape[0] * q.shape[1] <= TOKENS * sequences
@@ -94,13 +81,13 @@ def attempt(
     state_v_first,
     cu_seqlens,
     out,
+    inplace_final_state,
     ssm_state_indices,
     num_accepted_tokens,
     token_states,
-    inplace_final_state,
     min_state_index,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Runs a call of :func:`flash_kda.fused_recurrent_kda` that needs no preparation, or returns None and has written
+    """Runs a call of :func:`flash_kda.fused_recurrent_kda` with few tokens that needs no preparation, or returns None and has written
     nothing."""
     try:
         if not goes_straight(q, k, v, g, beta, A_log, dt_bias, initial_state):
@@ -123,15 +110,16 @@ def attempt(
             token_states,
             scale,
             lower_bound,
-            (USE_QK_L2NORM_IN_KERNEL if use_qk_l2norm_in_kernel else 0)
-            | (USE_GATE_IN_KERNEL if use_gate_in_kernel else 0)
-            | (USE_BETA_SIGMOID_IN_KERNEL if use_beta_sigmoid_in_kernel else 0)
-            | (ALLOW_NEG_EIGVAL if allow_neg_eigval else 0)
-            | (STATE_V_FIRST if state_v_first else 0)
-            | (OUTPUT_FINAL_STATE if output_final_state else 0)
-            | (INPLACE_FINAL_STATE if inplace_final_state else 0),
+            flags(
+                use_qk_l2norm_in_kernel,
+                use_gate_in_kernel,
+                use_beta_sigmoid_in_kernel,
+                allow_neg_eigval,
+                state_v_first,
+                output_final_state,
+                inplace_final_state,
+            ),
             min_state_index,
-            TOKENS,
         )
     except Exception:  # whatever it was, the checked way meets it again and names it
         return None

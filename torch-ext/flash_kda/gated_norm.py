@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import reference
@@ -66,7 +68,9 @@ def _attempt(x, gate, weight, eps) -> torch.Tensor | None:
     """Runs a call that needs no preparation, as the op sees, which refuses before it writes; or returns None."""
     try:
         if (
-            not (AVAILABLE and x.is_cuda and gate.shape == x.shape and type(eps) is float and eps >= 0)
+            not (AVAILABLE and x.is_cuda and type(eps) is float and 0 <= eps < math.inf)
+            or gate.shape != x.shape
+            or weight.shape != x.shape[-1:]
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or _capability(x.device) != (9, 0)

@@ -47,16 +47,36 @@ if AVAILABLE:
 
     @torch.library.register_fake(add_op_namespace_prefix("prefill_new"))
     def _(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, scale, lower_bound, flags):
-        new_out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else None
-        return new_out, new_state(v, cu_seqlens, flags)
+        return new_results(v, out, cu_seqlens, flags)
 
 
-def new_state(v, cu_seqlens, flags: int) -> torch.Tensor | None:
-    """The final state that such an op returns."""
+def flags(
+    use_qk_l2norm_in_kernel,
+    use_gate_in_kernel,
+    use_beta_sigmoid_in_kernel,
+    allow_neg_eigval,
+    state_v_first,
+    output_final_state,
+    inplace_final_state,
+) -> int:
+    return (
+        (USE_QK_L2NORM_IN_KERNEL if use_qk_l2norm_in_kernel else 0)
+        | (USE_GATE_IN_KERNEL if use_gate_in_kernel else 0)
+        | (USE_BETA_SIGMOID_IN_KERNEL if use_beta_sigmoid_in_kernel else 0)
+        | (ALLOW_NEG_EIGVAL if allow_neg_eigval else 0)
+        | (STATE_V_FIRST if state_v_first else 0)
+        | (OUTPUT_FINAL_STATE if output_final_state else 0)
+        | (INPLACE_FINAL_STATE if inplace_final_state else 0)
+    )
+
+
+def new_results(v, out, cu_seqlens, flags: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What such an op returns: the output, unless the caller brings one, and the final state, where it is asked for."""
+    new_out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else None
     if not flags & OUTPUT_FINAL_STATE or flags & INPLACE_FINAL_STATE:
-        return None
+        return new_out, None
     N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return v.new_empty((N, v.shape[2], HEAD_DIM, HEAD_DIM), dtype=torch.float32)
+    return new_out, v.new_empty((N, v.shape[2], HEAD_DIM, HEAD_DIM), dtype=torch.float32)
 
 
 def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int, packed: bool) -> int:
@@ -130,7 +150,6 @@ def attempt(
     use_gate_in_kernel,
     use_beta_sigmoid_in_kernel,
     allow_neg_eigval,
-    safe_gate,
     lower_bound,
     state_v_first,
     cu_seqlens,
@@ -148,8 +167,6 @@ def attempt(
             return None
         if not (scale is None or type(scale) is float) or not (lower_bound is None or type(lower_bound) is float):
             return None
-        if safe_gate and use_gate_in_kernel and lower_bound is None:
-            return None
         new_out, final_state = _prefill_new(
             q,
             k,
@@ -163,13 +180,15 @@ def attempt(
             out,
             scale,
             lower_bound,
-            (USE_QK_L2NORM_IN_KERNEL if use_qk_l2norm_in_kernel else 0)
-            | (USE_GATE_IN_KERNEL if use_gate_in_kernel else 0)
-            | (USE_BETA_SIGMOID_IN_KERNEL if use_beta_sigmoid_in_kernel else 0)
-            | (ALLOW_NEG_EIGVAL if allow_neg_eigval else 0)
-            | (STATE_V_FIRST if state_v_first else 0)
-            | (OUTPUT_FINAL_STATE if output_final_state else 0)
-            | (INPLACE_FINAL_STATE if inplace_final_state else 0),
+            flags(
+                use_qk_l2norm_in_kernel,
+                use_gate_in_kernel,
+                use_beta_sigmoid_in_kernel,
+                allow_neg_eigval,
+                state_v_first,
+                output_final_state,
+                inplace_final_state,
+            ),
         )
     except Exception:  # whatever it was, the checked way meets it again and names it
         return None

@@ -78,56 +78,33 @@ def fused_recurrent_kda(
         warnings.warn("transpose_state_layout is deprecated, use state_v_first", DeprecationWarning, stacklevel=2)
         state_v_first = transpose_state_layout
     if decode.AVAILABLE and not torch.compiler.is_compiling():
+        inputs = (
+            q,
+            k,
+            v,
+            g,
+            beta,
+            A_log,
+            dt_bias,
+            scale,
+            initial_state,
+            output_final_state,
+            use_qk_l2norm_in_kernel,
+            use_gate_in_kernel,
+            use_beta_sigmoid_in_kernel,
+            allow_neg_eigval,
+            lower_bound,
+            state_v_first,
+            cu_seqlens,
+            out,
+            inplace_final_state,
+        )
+        serving = ssm_state_indices, num_accepted_tokens, token_states, min_state_index
         result = None
         if decode.are_few(q, cu_seqlens):
-            result = decode.attempt(
-                q,
-                k,
-                v,
-                g,
-                beta,
-                A_log,
-                dt_bias,
-                scale,
-                initial_state,
-                output_final_state,
-                use_qk_l2norm_in_kernel,
-                use_gate_in_kernel,
-                use_beta_sigmoid_in_kernel,
-                allow_neg_eigval,
-                lower_bound,
-                state_v_first,
-                cu_seqlens,
-                out,
-                ssm_state_indices,
-                num_accepted_tokens,
-                token_states,
-                inplace_final_state,
-                min_state_index,
-            )
-        elif ssm_state_indices is num_accepted_tokens is token_states is None:
-            result = prefill.attempt(
-                q,
-                k,
-                v,
-                g,
-                beta,
-                A_log,
-                dt_bias,
-                scale,
-                initial_state,
-                output_final_state,
-                use_qk_l2norm_in_kernel,
-                use_gate_in_kernel,
-                use_beta_sigmoid_in_kernel,
-                allow_neg_eigval,
-                False,
-                lower_bound,
-                state_v_first,
-                cu_seqlens,
-                out,
-                inplace_final_state,
-            )
+            result = decode.attempt(*inputs, *serving)
+        elif serving == (None, None, None, 0):
+            result = prefill.attempt(*inputs)
         if result is not None:
             return result
     call = check_call(

@@ -91,7 +91,7 @@ def _attempt(
     try:
         x = parts[0]
         if (
-            not (AVAILABLE and x.is_cuda and activation in ACTIVATIONS)
+            not (AVAILABLE and x.is_cuda and activation in ACTIVATIONS and (bias is None or bias.dim() == 1))
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or _capability(x.device) != (9, 0)
