@@ -68,7 +68,6 @@ SMALL = dict(
 # GPU kernels by what they belong to: the first word decides that a kernel's name has.
 WORDS = {
     "linears_kernel": "projections",
-    "linear_vector": "projections",
     "conv": "conv",
     "norm": "norm",
     **dict.fromkeys(("kda", "chunk", "recurrent", "solve_tril", "cumsum"), "kda"),

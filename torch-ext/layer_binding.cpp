@@ -286,7 +286,7 @@ void layer_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   STD_TORCH_CHECK(error == cudaSuccess, "layer_step: ", cudaGetErrorString(error));
 }
 
-// few_row_linears, layer_step and few_row_linears in one call: as many kernels, a third of the host's time.
+// few_row_linears, layer_step and few_row_linears in one call: no more kernels, a third of the host's time.
 Tensor whole_step(const Tensor& x, std::vector<Tensor> weights, const std::optional<Tensor>& decay_weight,
                   const std::optional<Tensor>& gate_weight, const Tensor& out_weight, const Tensor& conv_weight,
                   Tensor& conv_state, const std::optional<Tensor>& A_log, const std::optional<Tensor>& dt_bias,
@@ -325,8 +325,12 @@ Tensor whole_step(const Tensor& x, std::vector<Tensor> weights, const std::optio
                       static_cast<int>(sizes[i]), static_cast<int>(before)};
     before += sizes[i];
   }
-  kda::LinearsParams gates;
-  if (decay_weight) {
+  kda::LinearsParams gates;  // the second projections, where the step's kernel leaves them to one of their own
+  const bool in_step = decay_weight && kda::step_takes_slices(step.heads, N);
+  if (in_step) {
+    step.decay_weight = bf16_tensor(*decay_weight, C * D, "decay_weight");
+    step.gate_weight = bf16_tensor(*gate_weight, C * D, "gate_weight");
+  } else if (decay_weight) {
     gates.count = 2;
     gates.depth = static_cast<int>(D);
     gates.rows = inputs.rows;
@@ -343,7 +347,7 @@ Tensor whole_step(const Tensor& x, std::vector<Tensor> weights, const std::optio
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   // What one kernel hands to the next: outputs of the first projections, of the gates' second ones, and of the step. Parts
   // begin at multiples of 16 bytes: only beta, the last of its kernel, need not be a multiple of that.
-  const int64_t projected = (N * before + 7) / 8 * 8, second = decay_weight ? 2 * N * C : 0;
+  const int64_t projected = (N * before + 7) / 8 * 8, second = gates.count * N * C;
   const Tensor scratch = torch::stable::new_empty(x, {projected + second + N * C});
   const Tensor y = torch::stable::new_empty(x, {N, 1, outputs});
   uint16_t* const begin = static_cast<uint16_t*>(scratch.data_ptr());
@@ -351,7 +355,7 @@ Tensor whole_step(const Tensor& x, std::vector<Tensor> weights, const std::optio
   inputs.out = begin;
   for (int i = 0; i < kda::kConvParts; ++i) step.qkv[i] = part(i);
   step.decay = part(3), step.gate = part(4), step.beta = part(5);
-  if (decay_weight) {
+  if (gates.count) {
     gates.jobs[0].x = step.decay, gates.jobs[1].x = step.gate;
     gates.out = begin + projected;
     step.decay = begin + projected, step.gate = begin + projected + N * C;
@@ -362,9 +366,9 @@ Tensor whole_step(const Tensor& x, std::vector<Tensor> weights, const std::optio
 
   const cudaStream_t stream = stream_of(x);
   cudaError_t error = kda::launch_linears(inputs, stream);
-  if (error == cudaSuccess && decay_weight) error = kda::launch_linears(gates, stream);
+  if (error == cudaSuccess && gates.count) error = kda::launch_linears(gates, stream);
   if (error == cudaSuccess) error = kda::launch_step(step, stream);
-  if (error == cudaSuccess) error = kda::launch_linears(output, stream);
+  if (error == cudaSuccess) error = kda::launch_last_linear(output, stream);
   STD_TORCH_CHECK(error == cudaSuccess, "whole_step: ", cudaGetErrorString(error));
   return y;
 }

@@ -1,9 +1,13 @@
 // Host side of the layer's kernels: shape choice and launches.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
+#include "kda_cutlass/device.h"
 #include "kda_cutlass/layer/conv.cuh"
 #include "kda_cutlass/layer/linears.cuh"
 #include "kda_cutlass/layer/norm.cuh"
+#include "kda_cutlass/layer/resident.cuh"
 
 namespace kda {
 namespace {
@@ -14,23 +18,38 @@ constexpr int kLongRun = 32;
 constexpr int kShortRun = 8;
 constexpr int64_t kEnoughBlocks = 1024;  // about two waves of an H200 at the convolution's registers
 
+constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA
+
+// For kernels that run beside one that needs much of it: an SM changes its share between L1 and shared memory only when
+// nothing runs there.
+template <class... Params>
+cudaError_t prefer_shared_memory(void (*kernel)(Params...)) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
 int64_t pieces(int64_t work, int64_t each) { return (work + each - 1) / each; }
 
 // Launches a kernel that may start while the one before it still runs: each of them waits before it touches what that
 // one may read or write. In a decode step of a layer this hides most of the launches and the first reads of the
 // weights.
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), unsigned blocks, int threads, cudaStream_t stream, Args const&... args) {
+cudaError_t launch_with(int shared_bytes, void (*kernel)(Params...), unsigned blocks, int threads, cudaStream_t stream,
+                        Args const&... args) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args...);
+}
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), unsigned blocks, int threads, cudaStream_t stream, Args const&... args) {
+  return launch_with(0, kernel, blocks, threads, stream, args...);
 }
 
 struct ConvGrid {
@@ -84,25 +103,52 @@ cudaError_t launch_conv(ConvParams const& p, cudaStream_t stream) {
 }
 
 cudaError_t launch_linears(LinearsParams p, cudaStream_t stream) {
-  struct Variant {
-    void (*kernel)(LinearsParams);
-    int outputs, threads;  // of a block
-  };
-  auto vector = [](auto shape) -> Variant {
-    return {linear_vector_kernel<decltype(shape)>, decltype(shape)::kBlockOutputs, 32 * kVectorWarps};
-  };
-  auto matrix = [](void (*kernel)(LinearsParams)) -> Variant { return {kernel, kLinearOutputs, 32 * kLinearWarps}; };
-  Variant const variant = p.rows > 2 * kLinearRowTile        ? matrix(linears_kernel<4>)
-                          : p.rows > kLinearRowTile          ? matrix(linears_kernel<2>)
-                          : p.rows > 1                       ? matrix(linears_kernel<1>)
-                          : p.depth <= ShallowVector::kDepth ? vector(ShallowVector{})
-                                                             : vector(WideVector{});
+  LinearJob const* const end = p.jobs + p.count;
+  if (p.rows == 1 &&
+      std::all_of<LinearJob const*>(p.jobs, end, [&](LinearJob const& job) { return job.x == p.jobs[0].x; })) {
+    static cudaError_t const error = prefer_shared_memory(row_linears_kernel);
+    if (error != cudaSuccess) return error;
+    int64_t const needed = pieces(end[-1].first_output + end[-1].outputs, kRowWarps), most = kRowBlocks * sm_count();
+    return launch(row_linears_kernel, static_cast<unsigned>(std::min(needed, most)), 32 * kRowWarps, stream, p);
+  }
+  auto* const kernel = p.rows > 2 * kLinearRowTile ? linears_kernel<4>
+                       : p.rows > kLinearRowTile   ? linears_kernel<2>
+                                                   : linears_kernel<1>;
   unsigned blocks = 0;
   for (int job = 0; job < p.count; ++job) {
     p.jobs[job].first_block = static_cast<int>(blocks);
-    blocks += static_cast<unsigned>(pieces(p.jobs[job].outputs, variant.outputs));
+    blocks += static_cast<unsigned>(pieces(p.jobs[job].outputs, kLinearOutputs));
   }
-  return launch(variant.kernel, blocks, variant.threads, stream, p);
+  return launch(kernel, blocks, 32 * kLinearWarps, stream, p);
+}
+
+namespace {
+
+template <int kPairs>  // at most kResidentMost outputs
+cudaError_t launch_resident(ResidentParams const& p, cudaStream_t stream) {
+  auto* const kernel = resident_linears_kernel<kPairs>;
+  static cudaError_t const error = [&] {
+    cudaError_t const allowed =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes);
+    return allowed != cudaSuccess ? allowed : prefer_shared_memory(kernel);
+  }();
+  if (error != cudaSuccess) return error;
+  return launch_with(ResidentLayout(p.depth, kPairs).bytes, kernel,
+                     static_cast<unsigned>(pieces(p.job.outputs, p.each)), 32 * kResidentWarps, stream, p);
+}
+
+}  // namespace
+
+cudaError_t launch_last_linear(LinearsParams p, cudaStream_t stream) {
+  int const each = static_cast<int>(pieces(p.jobs[0].outputs, sm_count()));
+  ResidentParams const resident{p.jobs[0], p.depth, p.rows, each, p.out};
+  auto fits = [&](int pairs) { return each <= 2 * pairs && ResidentLayout(p.depth, pairs).bytes <= kMostSharedBytes; };
+  return p.rows > kResidentRows || p.depth % kResidentStep != 0 ? launch_linears(p, stream)
+         : fits(3)                                              ? launch_resident<3>(resident, stream)
+         : fits(6)                                              ? launch_resident<6>(resident, stream)
+         : fits(9)                                              ? launch_resident<9>(resident, stream)
+         : fits(12)                                             ? launch_resident<12>(resident, stream)
+                                                                : launch_linears(p, stream);
 }
 
 cudaError_t launch_gated_norm(GatedNormParams const& p, cudaStream_t stream) {

@@ -1,36 +1,15 @@
-// Projections of a few rows: every weight is read once, by as many threads as the card holds, and that is all the time
-// there is. Several projections share a launch, because each of them alone is shorter than a launch and too small for
-// the card.
+// Projections of a few rows: every weight is read once, and that is all the time there is. Several projections share a
+// launch, because each of them alone is shorter than a launch and too small for the card.
 //
-// One row: a warp computes an output. More rows: a block computes 16 outputs of every row with tensor cores: weights
-// are the left operand, 16 outputs x 16 of the depth, and rows the right one, 8 at a time, so eight rows cost what one
-// costs. Its warps share the depth between them. A lane's 16-byte access is 8 of the depth for two steps of the
-// product, which only permutes the depth, the same way on both sides.
+// One row: a warp computes an output, and then the next. More rows: a block computes 16 outputs of every row with tensor
+// cores, so eight rows cost what one costs; its warps share the depth between them.
 #pragma once
 
 #include "kda_cutlass/layer/vector.cuh"
 
 namespace kda {
 
-constexpr int kVectorWarps = 4;  // of a block for one row
-
-// How a warp of the kernel for one row shares out its loads, all of which are in flight together: kLanes lanes to an
-// output, kLoads vectors of each lane, kOutputs outputs one after the other.
-template <int kLanes_, int kOutputs_, int kLoads_>
-struct VectorShape {
-  static constexpr int kLanes = kLanes_, kOutputs = kOutputs_, kLoads = kLoads_;
-  static constexpr int kDepth = kLanes * kLoads * kVectorChannels;  // read at a time
-  static constexpr int kBlockOutputs = kVectorWarps * (32 / kLanes) * kOutputs;
-};
-using ShallowVector = VectorShape<16, 8, 1>;  // a depth of 128: the second projections of the gates
-using WideVector = VectorShape<32, 1, 9>;     // 2304, the 48B model's hidden size, and more in turns
-
-constexpr int kLinearWarps = 8;
-constexpr int kLinearOutputs = 16;  // of a block
-constexpr int kLinearStep = 32;     // of the depth: one access of each lane
-constexpr int kLinearRowTile = 8;
-
-// Read once: not worth a place in the L1, which holds the inputs.
+// Read once: not worth a place in the L1.
 __device__ __forceinline__ uint4 load_weights(bf16 const* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -39,60 +18,88 @@ __device__ __forceinline__ uint4 load_weights(bf16 const* address) {
   return v;
 }
 
+// The kernel before may have written x; the weights were there before it. The one after starts only now, so what it does
+// before it waits comes after all kernels before this one: it may read what any of them wrote.
+__device__ __forceinline__ void start_reading_inputs() {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+}
+
+constexpr int kRowWarps = 4;   // of a block
+constexpr int kRowBlocks = 3;  // of an SM; what they leave of its registers is for a CTA of the step's kernel
+constexpr int kRowLoads = 9;   // vectors of a lane at a time: 2304 of the depth, the 48B model's hidden size
+
+// One row, the same for all jobs. The card holds all blocks at once; each warp takes one output after the other, with the
+// weights of the next on their way.
+__global__ void __launch_bounds__(32 * kRowWarps, kRowBlocks + 1) row_linears_kernel(LinearsParams const p) {
+  constexpr int kTurn = 32 * kRowLoads;  // vectors
+  int const lane = threadIdx.x % 32, vectors = p.depth / kVectorChannels, turns = (vectors + kTurn - 1) / kTurn;
+  LinearJob const& last = p.jobs[p.count - 1];
+  int const outputs = last.first_output + last.outputs, warps = gridDim.x * kRowWarps;
+  struct Place {
+    int output, turn;
+  };
+  auto advance = [&](Place& at) {
+    if (++at.turn == turns) at.turn = 0, at.output += warps;
+  };
+  auto load = [&](Place const& at, uint4(&weights)[kRowLoads]) {
+    if (at.output >= outputs) return;
+    int job = 0;
+    while (job + 1 < p.count && at.output >= p.jobs[job + 1].first_output) ++job;
+    bf16 const* const row =
+        static_cast<bf16 const*>(p.jobs[job].weight) + int64_t(at.output - p.jobs[job].first_output) * p.depth;
+#pragma unroll
+    for (int i = 0; i < kRowLoads; ++i) {
+      int const v = at.turn * kTurn + i * 32 + lane;
+      weights[i] = v < vectors ? load_weights(row + v * kVectorChannels) : uint4{};
+    }
+  };
+  Place here = {static_cast<int>(blockIdx.x * kRowWarps + threadIdx.x / 32), 0}, ahead = here;
+  uint4 first[kRowLoads], second[kRowLoads], x[kRowLoads];
+  auto load_input = [&] {
+#pragma unroll
+    for (int i = 0; i < kRowLoads; ++i) {
+      int const v = here.turn * kTurn + i * 32 + lane;
+      x[i] = v < vectors ? load_vector(static_cast<bf16 const*>(p.jobs[0].x) + v * kVectorChannels) : uint4{};
+    }
+  };
+  load(ahead, first), advance(ahead);
+  load(ahead, second), advance(ahead);
+  start_reading_inputs();
+  load_input();
+  float sum = 0.f;
+  auto work = [&](uint4(&weights)[kRowLoads]) {
+    if (turns > 1) load_input();
+#pragma unroll
+    for (int i = 0; i < kRowLoads; ++i) {
+      Channels w, in;
+      asm volatile("" : "+r"(x[i].x), "+r"(x[i].y), "+r"(x[i].z), "+r"(x[i].w));  // to be unpacked here, not kept so
+      unpack(weights[i], w), unpack(x[i], in);
+#pragma unroll
+      for (int c = 0; c < kVectorChannels; ++c) sum += w[c] * in[c];
+    }
+    load(ahead, weights), advance(ahead);
+    if (here.turn + 1 == turns) {
+      sum = warp_sum(sum);
+      if (lane == 0) static_cast<bf16*>(p.out)[here.output] = __float2bfloat16_rn(sum);
+      sum = 0.f;
+    }
+    advance(here);
+  };
+#pragma unroll 1
+  while (here.output < outputs) {
+    work(first);
+    if (here.output < outputs) work(second);
+  }
+}
+
+constexpr int kLinearWarps = 8;
+
 // The job of a block.
 __device__ __forceinline__ LinearJob const& job_of(LinearsParams const& p) {
   int job = 0;
   while (job + 1 < p.count && static_cast<int>(blockIdx.x) >= p.jobs[job + 1].first_block) ++job;
   return p.jobs[job];
-}
-
-template <class Shape>
-__global__ void __launch_bounds__(32 * kVectorWarps) linear_vector_kernel(LinearsParams const p) {
-  constexpr int kLanes = Shape::kLanes, kOutputs = Shape::kOutputs, kLoads = Shape::kLoads;
-  let_next_kernel_start();
-  int const lane = threadIdx.x % kLanes, vectors = p.depth / kVectorChannels;
-  LinearJob const& mine = job_of(p);
-  int const output = (blockIdx.x - mine.first_block) * Shape::kBlockOutputs + threadIdx.x / kLanes * kOutputs;
-  bf16 const* const weight = static_cast<bf16 const*>(mine.weight) + int64_t(output) * p.depth;
-  bf16 const* const x = static_cast<bf16 const*>(mine.x);
-
-  float sum[kOutputs] = {};
-  for (int first = 0; first < vectors; first += kLanes * kLoads) {
-    uint4 packed[kOutputs][kLoads];
-#pragma unroll
-    for (int o = 0; o < kOutputs; ++o) {
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        int const v = first + i * kLanes + lane;
-        packed[o][i] = output + o < mine.outputs && v < vectors
-                           ? load_weights(weight + o * p.depth + v * kVectorChannels)
-                           : uint4{};
-      }
-    }
-    if (first == 0) wait_for_previous_kernel();  // which may have written x; the weights were there before it
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      int const v = first + i * kLanes + lane;
-      if (v >= vectors) break;
-      Channels input;
-      unpack(load_vector(x + v * kVectorChannels), input);
-#pragma unroll
-      for (int o = 0; o < kOutputs; ++o) {
-        Channels w;
-        unpack(packed[o][i], w);
-#pragma unroll
-        for (int c = 0; c < kVectorChannels; ++c) sum[o] += w[c] * input[c];
-      }
-    }
-  }
-#pragma unroll
-  for (int o = 0; o < kOutputs; ++o) {
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) sum[o] += __shfl_xor_sync(0xffffffffu, sum[o], step);
-    if (lane == 0 && output + o < mine.outputs) {
-      static_cast<bf16*>(p.out)[mine.first_output + output + o] = __float2bfloat16_rn(sum[o]);
-    }
-  }
 }
 
 // Accesses of a lane in flight, and blocks on an SM, by the registers that the accumulators leave.
@@ -103,7 +110,6 @@ template <int kRowTiles>
 __global__ void __launch_bounds__(32 * kLinearWarps, linear_blocks(kRowTiles)) linears_kernel(LinearsParams const p) {
   constexpr int kLinearLoads = linear_loads(kRowTiles);
   __shared__ float partial[kLinearWarps][4 * kRowTiles][32];
-  let_next_kernel_start();
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
   LinearJob const& mine = job_of(p);
   int const first_output = (blockIdx.x - mine.first_block) * kLinearOutputs;
@@ -126,24 +132,21 @@ __global__ void __launch_bounds__(32 * kLinearWarps, linear_blocks(kRowTiles)) l
 #pragma unroll
       for (int half = 0; half < 2; ++half) w[i][half] = inside ? load_weights(weights[half] + depth) : uint4{};
     }
-    if (!waited) wait_for_previous_kernel();  // which may have written x; the weights were there before it
+    if (!waited) start_reading_inputs();
     waited = true;
 #pragma unroll
     for (int i = 0; i < kLinearLoads; ++i) {
       if (first + i >= end) break;
       int const depth = (first + i) * kLinearStep + quarter * kVectorChannels;
-      uint32_t const step0[4] = {w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y};
-      uint32_t const step1[4] = {w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w};
 #pragma unroll
       for (int tile = 0; tile < kRowTiles; ++tile) {
         int const row = min(tile * kLinearRowTile + group, p.rows - 1);
         uint4 const input = depth < p.depth ? load_vector(x + int64_t(row) * p.depth + depth) : uint4{};
-        mma_bf16(sum[tile], step0, input.x, input.y);
-        mma_bf16(sum[tile], step1, input.z, input.w);
+        mma_linear_step(sum[tile], w[i][0], w[i][1], input);
       }
     }
   }
-  if (!waited) wait_for_previous_kernel();
+  if (!waited) start_reading_inputs();
 
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; ++tile) {

@@ -86,6 +86,9 @@ struct LinearsParams {
 // Takes `params` by value to lay out the grid.
 cudaError_t launch_linears(LinearsParams params, cudaStream_t stream);
 
+// Likewise one of them alone, the last of a row of kernels: its weights come while these run.
+cudaError_t launch_last_linear(LinearsParams params, cudaStream_t stream);
+
 // One token of each sequence from the projections to the output projection: convolution with SiLU, KDA with its gate,
 // the sigmoid of beta and normalised q and k, gated norm. Heads of 128 channels.
 constexpr int kStepTaps = 4;  // of the convolution, and columns of its state
@@ -94,8 +97,11 @@ struct StepParams {
   const void* qkv[kConvParts];  // [N, H * 128] bf16, contiguous; so are decay and gate
   const void* decay = nullptr;  // the input of the decay's gate
   const void* gate = nullptr;   // the norm's, before the sigmoid
-  const void* beta = nullptr;   // [N, H] bf16 logits
-  void* out = nullptr;          // [N, H * 128] bf16
+  // Or both [N, 128], before these second projections, [H * 128, 128] bf16; only where step_takes_slices().
+  const void* decay_weight = nullptr;
+  const void* gate_weight = nullptr;
+  const void* beta = nullptr;  // [N, H] bf16 logits
+  void* out = nullptr;         // [N, H * 128] bf16
 
   const void* conv_weight = nullptr;  // [3 * H * 128, 4]
   bool conv_weight_is_fp32 = false;   // else bf16
@@ -113,6 +119,10 @@ struct StepParams {
   float scale = 1.f;
   float eps = 0.f;
 };
+
+// Few heads need a CTA for every slice of value channels to reach every SM. There the kernel does the gates' second
+// projections too, but only behind launch_linears.
+constexpr bool step_takes_slices(int heads, int64_t sequences) { return heads * sequences < 128; }
 
 cudaError_t launch_step(const StepParams& params, cudaStream_t stream);
 

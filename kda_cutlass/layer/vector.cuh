@@ -1,4 +1,4 @@
-// Eight channels at a time: one 16-byte access in bf16, arithmetic in fp32.
+// Eight channels at a time: one 16-byte access in bf16, arithmetic in fp32 or by tensor cores.
 #pragma once
 
 #include "kda_cutlass/layer/params.h"
@@ -63,6 +63,25 @@ __device__ __forceinline__ void store_floats(void* base, int64_t element, float 
 __device__ __forceinline__ float sigmoid(float x) {
   constexpr float kLog2E = 1.4426950408889634f;
   return rcp_approx(1.f + exp2_approx(-kLog2E * x));
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  return x;
+}
+
+// The product of 16 outputs' weights, a tensor core's left operand, and eight rows, its right one, over 32 of the depth.
+constexpr int kLinearOutputs = 16;
+constexpr int kLinearRowTile = 8;
+constexpr int kLinearStep = 4 * kVectorChannels;
+
+// A lane has eight of the depth, those of lane % 4, of the output and the row lane / 4 (`high`: of the output 8 further on).
+// They serve two steps of the tensor core, which permutes the depth the same way on both sides.
+__device__ __forceinline__ void mma_linear_step(float (&sum)[4], uint4 low, uint4 high, uint4 x) {
+  uint32_t const step0[4] = {low.x, high.x, low.y, high.y}, step1[4] = {low.z, high.z, low.w, high.w};
+  mma_bf16(sum, step0, x.x, x.y);
+  mma_bf16(sum, step1, x.z, x.w);
 }
 
 }  // namespace kda
