@@ -150,6 +150,7 @@ struct SecondProjection {
   }
 };
 static_assert(SecondProjection::kTiles == 2);
+
 // Numbers from all CTAs of a cluster. Each arrives together with word of it, so that nobody waits for the writer's other
 // stores, as who waits for all of the cluster does.
 struct Mailbox {
@@ -160,7 +161,7 @@ struct Mailbox {
     arrived().init(1);
     arrived().arrive_and_expect_tx(numbers * sizeof(float));
   }
-  // To the same variable, which `mail` of CTA `rank` is told of.
+  // To the same variable of CTA `rank`, whose mailbox is told.
   __device__ __forceinline__ void send(float* variable, float value, int rank) {
     uint32_t const address = cute::set_block_rank(cute::cast_smem_ptr_to_uint(variable), rank);
     uint32_t const word = cute::set_block_rank(cute::cast_smem_ptr_to_uint(&barrier), rank);
