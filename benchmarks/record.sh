@@ -59,6 +59,7 @@ PY
 first_gpu() {
   export CUDA_VISIBLE_DEVICES=0
   step other suite -n 8 --junitxml="$work/other.xml" $(paths "${other[@]}")
+  step beside strict tests/test_kda.py tests/test_decode.py -k fla
   while ! [ -e "$work/half.done" ]; do sleep 1; done
   junit
   step prefill with_fla python3 benchmarks/prefill.py --given all --repeats 3 --tests "$work/junit.xml" --out "$out/records"
@@ -69,7 +70,6 @@ second_gpu() {
   step half suite -n 8 --junitxml="$work/half.xml" $(paths "${half[@]}")
   touch "$work/half.done"
   step strict strict tests/test_transformers.py -k bf16
-  step beside strict tests/test_kda.py tests/test_decode.py -k fla
   step slow suite -n 8 --dist loadfile $(paths "${slow[@]}")
   step accuracy with_fla python3 benchmarks/accuracy.py --out "$out/records"
   [ "$second" = 0 ] || model
