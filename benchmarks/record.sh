@@ -69,7 +69,7 @@ second_gpu() {
   export CUDA_VISIBLE_DEVICES=$second
   step half suite -n 8 --junitxml="$work/half.xml" $(paths "${half[@]}")
   touch "$work/half.done"
-  step strict strict tests/test_transformers.py -k bf16
+  step strict strict tests/test_transformers.py tests/test_whole_layers.py -k bf16_logits
   step slow suite -n 8 --dist loadfile $(paths "${slow[@]}")
   step accuracy with_fla python3 benchmarks/accuracy.py --out "$out/records"
   [ "$second" = 0 ] || model

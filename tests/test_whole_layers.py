@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import inspect
 import re
 
@@ -74,7 +75,8 @@ def test_fp32_logits_are_the_original_ones(replaced, device, family, way, softpl
 @by_family
 @pytest.mark.parametrize("way", ["prefill", "cached", "left_padded"])
 def test_bf16_logits_are_no_further_from_fp32_than_before(replaced, device, family, way):
-    """Over several models (`SEEDS`). On a Hopper GPU these are the CUDA kernels."""
+    """Over several models (`SEEDS`). On a Hopper GPU these are the CUDA kernels; with FLA installed the original model runs
+    FLA's there, and ours is strictly closer."""
     before = after = 0.0
     for seed in SEEDS:
         model = tiny_model(family, head_dim=128, seed=seed).to(device)
@@ -84,7 +86,8 @@ def test_bf16_logits_are_no_further_from_fp32_than_before(replaced, device, fami
         before += relative_error(MANY_WAYS[way](model, ids), expected) ** 2
         with replaced(model):
             after += relative_error(MANY_WAYS[way](model, ids), expected) ** 2
-    assert 0 < after**0.5 < 1.01 * before**0.5
+    runs_fla = device.type == "cuda" and importlib.util.find_spec("fla") is not None
+    assert 0 < after**0.5 < (1.0 if runs_fla else 1.01) * before**0.5
 
 
 @by_family
