@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <vector>
 
 namespace kda {
@@ -16,6 +17,27 @@ inline int sm_count() {
     return sms;
   }();
   return count;
+}
+
+// Calls `set`, which prepares a kernel, at the first call on each device: attributes of a kernel are those of one device.
+template <class Set>
+cudaError_t once_a_device(Set const& set) {
+  constexpr int kDevices = 64;
+  static std::atomic<bool> done[kDevices] = {};
+  int device = 0;
+  if (cudaError_t const error = cudaGetDevice(&device)) return error;
+  if (device < kDevices && done[device].load(std::memory_order_relaxed)) return cudaSuccess;
+  cudaError_t const error = set();
+  if (error == cudaSuccess && device < kDevices) done[device].store(true, std::memory_order_relaxed);
+  return error;
+}
+
+// For kernels that run beside one that needs much shared memory: an SM changes its share between that and the L1 only when
+// nothing runs there.
+template <class... Params>
+cudaError_t prefer_shared_memory(void (*kernel)(Params...)) {
+  return cudaFuncSetAttribute(reinterpret_cast<void const*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
 }
 
 // Whether the kernels run on a device: compute capability 9.0.

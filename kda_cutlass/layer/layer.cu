@@ -20,13 +20,6 @@ constexpr int64_t kEnoughBlocks = 1024;  // about two waves of an H200 at the co
 
 constexpr int kMostSharedBytes = 227 * 1024;  // of a CTA
 
-// For kernels that run beside one that needs much of it: an SM changes its share between L1 and shared memory only when
-// nothing runs there.
-template <class... Params>
-cudaError_t prefer_shared_memory(void (*kernel)(Params...)) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-}
-
 int64_t pieces(int64_t work, int64_t each) { return (work + each - 1) / each; }
 
 // Launches a kernel that may start while the one before it still runs: each of them waits before it touches what that
@@ -106,7 +99,7 @@ cudaError_t launch_linears(LinearsParams p, cudaStream_t stream) {
   LinearJob const* const end = p.jobs + p.count;
   if (p.rows == 1 &&
       std::all_of<LinearJob const*>(p.jobs, end, [&](LinearJob const& job) { return job.x == p.jobs[0].x; })) {
-    static cudaError_t const error = prefer_shared_memory(row_linears_kernel);
+    cudaError_t const error = once_a_device([] { return prefer_shared_memory(row_linears_kernel); });
     if (error != cudaSuccess) return error;
     int64_t const needed = pieces(end[-1].first_output + end[-1].outputs, kRowWarps), most = kRowBlocks * sm_count();
     return launch(row_linears_kernel, static_cast<unsigned>(std::min(needed, most)), 32 * kRowWarps, stream, p);
@@ -127,11 +120,11 @@ namespace {
 template <int kPairs>  // at most kResidentMost outputs
 cudaError_t launch_resident(ResidentParams const& p, cudaStream_t stream) {
   auto* const kernel = resident_linears_kernel<kPairs>;
-  static cudaError_t const error = [&] {
+  cudaError_t const error = once_a_device([=] {
     cudaError_t const allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes);
     return allowed != cudaSuccess ? allowed : prefer_shared_memory(kernel);
-  }();
+  });
   if (error != cudaSuccess) return error;
   return launch_with(ResidentLayout(p.depth, kPairs).bytes, kernel,
                      static_cast<unsigned>(pieces(p.job.outputs, p.each)), 32 * kResidentWarps, stream, p);

@@ -8,6 +8,7 @@
 #include <cute/arch/copy_sm80.hpp>
 
 #include "kda_cutlass/decode/state_tile.cuh"
+#include "kda_cutlass/device.h"
 #include "kda_cutlass/layer/vector.cuh"
 #include "kda_cutlass/prefill/gate.cuh"
 
@@ -361,10 +362,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 4) step_kernel(const __grid_co
 template <int kSlicesHere, bool kWhole = false>
 cudaError_t launch(StepParams const& p, cudaStream_t stream) {
   auto* const kernel = step_kernel<kSlicesHere, kWhole>;
-  if constexpr (
-      kWhole) {  // next to the CTAs of the next kernel: with their share of the SM between L1 and shared memory
-    static cudaError_t const error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if constexpr (kWhole) {
+    cudaError_t const error = once_a_device([=] { return prefer_shared_memory(kernel); });
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attributes[2];

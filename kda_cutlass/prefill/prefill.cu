@@ -3,7 +3,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "../device.h"
 #include "fused.cuh"
@@ -56,16 +55,10 @@ cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams
 }
 
 template <auto kKernel>
-cudaError_t allow_shared_memory(size_t bytes) {  // once a kernel and device
-  constexpr int kDevices = 64;
-  static std::atomic<bool> allowed[kDevices] = {};
-  int device = 0;
-  if (cudaError_t const error = cudaGetDevice(&device)) return error;
-  if (device < kDevices && allowed[device].load(std::memory_order_relaxed)) return cudaSuccess;
-  cudaError_t const error =
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess && device < kDevices) allowed[device].store(true, std::memory_order_relaxed);
-  return error;
+cudaError_t allow_shared_memory(size_t bytes) {
+  return once_a_device([=] {
+    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  });
 }
 
 enum class Start {
