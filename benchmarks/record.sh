@@ -31,7 +31,7 @@ paths() { printf 'tests/%s.py ' "$@"; }
 other=() # the rest
 for file in tests/test_*.py; do
   name=$(basename "$file" .py)
-  [[ " ${slow[*]} ${half[*]} " == *" $name "* ]] || other+=("$name")
+  [[ " ${slow[*]} ${half[*]} test_two_gpus " == *" $name "* ]] || other+=("$name")
 done
 
 with_fla() { PYTHONPATH=$fla${PYTHONPATH:+:$PYTHONPATH} "$@"; }
@@ -57,6 +57,7 @@ PY
 }
 
 first_gpu() {
+  step two_gpus suite tests/test_two_gpus.py
   export CUDA_VISIBLE_DEVICES=0
   step other suite -n 8 --junitxml="$work/other.xml" $(paths "${other[@]}")
   step beside strict tests/test_kda.py tests/test_decode.py -k fla
