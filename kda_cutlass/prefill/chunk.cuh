@@ -61,6 +61,11 @@ __device__ __forceinline__ void store_fragment(Fragment& to, uint32_t const (&f)
   to[lane] = make_uint4(f[0], f[1], f[2], f[3]);
 }
 
+// Columns of a product, in the order that an MMA takes its right operand in: two registers for each 8 of them.
+__device__ __forceinline__ void store_columns(Fragment& to, uint32_t const (&f)[4], int lane) {
+  to[lane] = make_uint4(f[0], f[2], f[1], f[3]);
+}
+
 // Block pairs (i, j), j < i, in the order (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2).
 __device__ __forceinline__ constexpr int below_index(int i, int j) { return i * (i - 1) / 2 + j; }
 constexpr int kPairs = 6;
@@ -189,6 +194,18 @@ __device__ __forceinline__ void multiply(Product& out, uint32_t const (&rows)[4]
   mma_bf16(out.d[0], rows, cols[0], cols[2]);
   mma_bf16(out.d[1], rows, cols[1], cols[3]);
 }
+// The same, columns as store_columns() has them.
+__device__ __forceinline__ void multiply_stored(Product& out, uint32_t const (&rows)[4], uint32_t const (&cols)[4]) {
+  mma_bf16(out.d[0], rows, cols[0], cols[1]);
+  mma_bf16(out.d[1], rows, cols[2], cols[3]);
+}
+// With itself. By halves of the inner index: the two registers of a whole right operand would not lie side by side.
+__device__ __forceinline__ void multiply_by_itself(Product& out, uint32_t const (&rows)[4]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int n = 0; n < 2; ++n) mma_bf16_8(out.d[n], rows[2 * h], rows[2 * h + 1], rows[2 * h + n]);
+}
 // Left operand of an MMA from its entries, which are 0 or +-1.
 template <class F>
 __device__ __forceinline__ void make_matrix(uint32_t (&matrix)[4], int lane, F&& entry) {
@@ -267,38 +284,20 @@ __device__ __forceinline__ Product load_block(Block const& block, int lane) {
 __device__ __forceinline__ uint32_t tf32_part(float x) { return __float_as_uint(x) & 0xffffe000u; }
 __device__ __forceinline__ uint32_t tf32_rest(float x) { return __float_as_uint(x - __uint_as_float(tf32_part(x))); }
 
-// A 16 x 16 fp32 block as left operand of tf32 MMAs, in two parts whose sum holds 21 bits of it. Within 8 columns the
-// inner index runs in the order 0, 2, 4, 6, 1, 3, 5, 7, so that an accumulator can be the next product's left operand
-// as it stands.
+// A 16 x 16 fp32 block as left operand of tf32 MMAs, in two parts whose sum holds 21 bits of it.
 struct LeftOperand {
   uint32_t high[2][4], low[2][4];
-  __device__ __forceinline__ void set(int s, int e, float x) {
-    high[s][e] = tf32_part(x);
-    low[s][e] = tf32_rest(x);
-  }
 };
 __device__ __forceinline__ LeftOperand left_operand(Block const& block, int lane) {
   LeftOperand x;
-  int const row = lane >> 2, inner = 2 * (lane & 3);
 #pragma unroll
   for (int s = 0; s < 2; ++s)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float2 const pair = *reinterpret_cast<float2 const*>(&block[(row + 8 * h) * kBlockPitch + 8 * s + inner]);
-      x.set(s, h, pair.x);
-      x.set(s, 2 + h, pair.y);
+    for (int e = 0; e < 4; ++e) {
+      int const row = (lane >> 2) + 8 * (e & 1), column = 8 * s + (lane & 3) + 4 * (e >> 1);
+      float const entry = block[row * kBlockPitch + column];
+      x.high[s][e] = tf32_part(entry), x.low[s][e] = tf32_rest(entry);
     }
-  return x;
-}
-__device__ __forceinline__ LeftOperand left_operand(Product const& p) {
-  LeftOperand x;
-#pragma unroll
-  for (int s = 0; s < 2; ++s) {
-    x.set(s, 0, p.d[s][0]);
-    x.set(s, 1, p.d[s][2]);
-    x.set(s, 2, p.d[s][1]);
-    x.set(s, 3, p.d[s][3]);
-  }
   return x;
 }
 __device__ __forceinline__ void mma_fp32(float (&d)[4], uint32_t const (&high)[4], uint32_t const (&low)[4], float y0,
@@ -310,14 +309,12 @@ __device__ __forceinline__ void mma_fp32(float (&d)[4], uint32_t const (&high)[4
 // d += x * y, as exact as fp32 but for the products of the two low parts: with equal keys the merges below cancel
 // nearly everything, and what tf32 alone leaves behind would be as large as the rounding of T to bf16.
 __device__ __forceinline__ void multiply_fp32(Product& d, LeftOperand const& x, Block const& y, int lane) {
-  int const row = lane >> 2, inner = 2 * (lane & 3);
 #pragma unroll
   for (int s = 0; s < 2; ++s)
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      float const y0 = y[(8 * s + inner) * kBlockPitch + 8 * n + row];
-      float const y1 = y[(8 * s + inner + 1) * kBlockPitch + 8 * n + row];
-      mma_fp32(d.d[n], x.high[s], x.low[s], y0, y1);
+      float const* const first = &y[(8 * s + (lane & 3)) * kBlockPitch + 8 * n + (lane >> 2)];
+      mma_fp32(d.d[n], x.high[s], x.low[s], first[0], first[4 * kBlockPitch]);
     }
 }
 
@@ -385,7 +382,7 @@ __device__ __forceinline__ void for_each_norm(bool normalised, char const* panel
 #pragma unroll
       for (int t = 0; t < 2; ++t)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) multiply(product[half], x[t][half], x[t][half]);
+        for (int half = 0; half < 2; ++half) multiply_by_itself(product[half], x[t][half]);
     }
     auto const sum = [&](Product const& p, int h) {
       return row & 1 ? (h ? p.d[1][3] : p.d[0][1]) : (h ? p.d[1][2] : p.d[0][0]);
@@ -673,7 +670,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
                 packed[e] = kIsTame
                                 ? (kc[e] * decays[e >> 1]).packed()
                                 : (unpacked(k_raw[e]) * exp2_pair(plus(minus(pair_sum[e]), decays[e >> 1]))).packed();
-              store_fragment(scratch.columns[below_index(i, block)][step], packed, lane);
+              store_columns(scratch.columns[below_index(i, block)][step], packed, lane);
             }
         }
         {  // rows
@@ -750,7 +747,7 @@ __device__ __forceinline__ void multiply_below(Product (&below)[2], SolveRole co
 #pragma unroll
       for (int n = 0; n < count; ++n) {
         load_fragment(columns, columns_of[n][s], lane);
-        multiply(below[n], rows, columns);
+        multiply_stored(below[n], rows, columns);
       }
     }
   };
@@ -793,7 +790,7 @@ __device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& s
       if (n < role.count) store_to_panel(panels.a_qk, role.row, role.column + n, below[n], lane);
     meanwhile();
     // As many as the others pass: racecheck counts them, and would take what follows for unordered.
-    for (int n = 0; n < 2; ++n) cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier + 4);
+    for (int n = 0; n < 3; ++n) cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier + 4);
     return;
   }
 #pragma unroll
@@ -805,32 +802,44 @@ __device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& s
   store_to_panel(panels.t, block, block, load_block(scratch.diagonal[block], lane), lane);
   auto const sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier + 2); };
   sync();
+  // T_A and T_B by warps 0 and 1, each from the right. T_BA = T_B ((-A_BA) T_A): what is in brackets by warps 2 and 3, a
+  // row of blocks each, and over what it is made of: column 1, which needs no T_A, where 0 was, then 0 where 1 was.
   int const warp = role.warp;
+  auto const below_at = [&](int i, int j) -> Block& { return scratch.below[below_index(i, j)]; };
+  Product mine;
   if (warp < 2) {
     int const i = 2 * warp + 1, j = 2 * warp;
-    Product left, merged;
-    multiply_fp32(left, left_operand(scratch.diagonal[i], lane), scratch.below[below_index(i, j)], lane);
-    multiply_fp32(merged, left_operand(left), scratch.diagonal[j], lane);
+    Product right, merged;
+    multiply_fp32(right, left_operand(below_at(i, j), lane), scratch.diagonal[j], lane);
+    __syncwarp();
+    store_block(below_at(i, j), right, lane);
+    __syncwarp();
+    multiply_fp32(merged, left_operand(scratch.diagonal[i], lane), below_at(i, j), lane);
     store_block(scratch.merged[warp], merged, lane);
     store_to_panel(panels.t, i, j, merged, lane);
+  } else {
+    Product right;
+    multiply_fp32(mine, left_operand(below_at(warp, 0), lane), scratch.diagonal[0], lane);
+    multiply_fp32(right, left_operand(below_at(warp, 1), lane), scratch.diagonal[1], lane);
+    __syncwarp();
+    store_block(below_at(warp, 0), right, lane);
   }
   sync();
-  {  // row block 2 + warp / 2, column block warp % 2 of T_B (-A_BA) T_A
-    int const i = 2 + warp / 2, j = warp % 2;
-    Product left[2], merged;
-    {
-      LeftOperand const x = left_operand(i == 2 ? scratch.diagonal[2] : scratch.merged[1], lane);
-      multiply_fp32(left[0], x, scratch.below[below_index(2, 0)], lane);
-      multiply_fp32(left[1], x, scratch.below[below_index(2, 1)], lane);
-    }
-    if (i == 3) {
-      LeftOperand const x = left_operand(scratch.diagonal[3], lane);
-      multiply_fp32(left[0], x, scratch.below[below_index(3, 0)], lane);
-      multiply_fp32(left[1], x, scratch.below[below_index(3, 1)], lane);
-    }
-    multiply_fp32(merged, left_operand(left[1]), j == 0 ? scratch.merged[0] : scratch.diagonal[1], lane);
-    if (j == 0) multiply_fp32(merged, left_operand(left[0]), scratch.diagonal[0], lane);
-    store_to_panel(panels.t, i, j, merged, lane);
+  if (warp < 2) {
+    multiply_fp32(mine, left_operand(warp == 0 ? scratch.diagonal[2] : scratch.merged[1], lane), below_at(2, 0), lane);
+    if (warp == 0) store_to_panel(panels.t, 2, 1, mine, lane);
+  } else {
+    multiply_fp32(mine, left_operand(below_at(warp, 1), lane), scratch.merged[0], lane);
+    __syncwarp();
+    store_block(below_at(warp, 1), mine, lane);
+    mine = {};
+  }
+  sync();
+  if (warp > 0) {  // (3, 1), (2, 0), (3, 0)
+    Block const& first = warp == 1 ? scratch.diagonal[3] : warp == 2 ? scratch.diagonal[2] : scratch.merged[1];
+    multiply_fp32(mine, left_operand(first, lane), warp == 1 ? below_at(3, 0) : below_at(2, 1), lane);
+    if (warp == 3) multiply_fp32(mine, left_operand(scratch.diagonal[3], lane), below_at(3, 1), lane);
+    store_to_panel(panels.t, warp == 2 ? 2 : 3, warp == 1 ? 1 : 0, mine, lane);
   }
 }
 

@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   SolvePanels const solved = {smem.t, smem.a_qk};
   StateLanes const lanes(kValueTile * warpgroup, warp % 4, lane);
   // Of 16 tokens the one whose outputs a pair of lanes stores: eight lanes' reads from the panel meet in no bank.
-  auto const out_row = [](int lane) { return 8 * (lane / 16) + lane % 8 / 2 * 2 + lane / 8 % 2; };
+  auto const out_row = [](uint32_t lane) { return lane / 16 * 8 + lane % 8 / 2 * 2 + lane / 8 % 2; };
   float s[64];
   bool const requests = warp == 7;
   int n = 0;
@@ -337,25 +337,27 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         lanes.decay(s, factors.decay);
         fence_registers(w);
         cute::warpgroup_arrive();
-        wgmma_k_major<2>(w, s_operand, x.k_decayed[0], true);
+        wgmma_k_major<2>(w, s_operand, uniform_place(x.k_decayed), true);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         fence_registers(w);
         EmptyBarrier::arrive(&smem.decayed_read);
         pack_operand(operand, w);
       }
+      wait_for_solution();
       if (requests) {
         EmptyBarrier::wait(&smem.decayed_read, n & 1);
         request_first(n + kStages);
       }
       // V'^T = W^T T^T, then S^T += V'^T (K e^{G_end - G}) and O^T = S^T (Q e^G)^T + V'^T Aqk^T, not earlier and by
       // halves of the tokens for want of registers. T and Aqk are lower triangular.
+      Place const panels = uniform_place(&x), t = uniform_place(smem.t), a_qk = t + kPanelBytes;
       uint32_t v_operand[16];
       static_for<2>([&](auto index) {
         std::integral_constant<int, 1 - index> constexpr half;  // the second first: it alone wants all of W
         float v_new[16];
         cute::warpgroup_arrive();
-        wgmma_k_major<1, 2 + 2 * half>(v_new, operand, smem.t + half * (kPanelBytes / 2), false);
+        wgmma_k_major<1, 2 + 2 * half>(v_new, operand, t + half * (kPanelBytes / 2), false);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         fence_registers(v_new);
@@ -367,9 +369,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         uint32_t o_packed[8];
         if constexpr (half == 0) fence_registers(s);
         cute::warpgroup_arrive();
-        if constexpr (half == 0) wgmma_mn_major(s, v_operand, x.k_remaining[0]);
-        wgmma_k_major<2>(o, s_operand, x.q_decayed[0] + half * (kPanelBytes / 2), false);
-        wgmma_k_major<1, 2 + 2 * half>(o, v_operand, smem.a_qk + half * (kPanelBytes / 2), true);
+        if constexpr (half == 0) wgmma_mn_major(s, v_operand, panels + offsetof(FactorStage, k_remaining));
+        wgmma_k_major<2>(o, s_operand, panels + (offsetof(FactorStage, q_decayed) + half * (kPanelBytes / 2)), false);
+        wgmma_k_major<1, 2 + 2 * half>(o, v_operand, a_qk + half * (kPanelBytes / 2), true);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         if constexpr (half == 0) fence_registers(s);
@@ -378,15 +380,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         lanes.store_output<2 * half>(x.v[warpgroup], o_packed);
       });
       __syncwarp();
-      int const here = recomputed(lane);
-      int64_t const shown = kDealing != Dealing::kWhole ? smem.shown[n % (2 * kStages)] : tokens;
+      uint32_t const here = recomputed(lane);
+      int const shown =
+          kDealing != Dealing::kWhole ? smem.shown[n % (2 * kStages)] : static_cast<int>(min(tokens, int64_t(kChunk)));
+      char const* const row = x.v[warpgroup] + panel_offset(out_row(here), 2 * (warp % 4) + here % 2);
 #pragma unroll
-      for (int j = 0; j < 4; ++j, out += 16 * p.values.out.stride_token) {
-        int const token = out_row(here) + 16 * j;
-        if (token < shown)
-          *reinterpret_cast<uint4*>(out) =
-              *reinterpret_cast<uint4 const*>(x.v[warpgroup] + panel_offset(token, 2 * (warp % 4) + here % 2));
-      }
+      for (int j = 0; j < 4; ++j, out += 16 * p.values.out.stride_token)
+        if (static_cast<int>(out_row(here)) + 16 * j < shown)
+          *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4 const*>(row + 16 * j * kPanelRowBytes);
       cutlass::arch::fence_view_async_shared();  // the next values come over what was written here
       EmptyBarrier::arrive(&pipe.empty[stage]);
       if (requests) request_rest(n + kStages);

@@ -85,7 +85,7 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
         recomputed(lane),
         [&] {
           wait_for_all();  // the runs and scales of the chunk before lie where this one's go
-          TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1);
+          TransactionBarrier::wait(&pipe.loaded[recomputed(n) % kStages], n / kStages & 1);
           scale_tokens(pipe.factor_scratch, pipe.factors[s], p, at, panels, beta, ScaleRole::balanced(recomputed(warp)),
                        recomputed(lane));
         },
@@ -94,12 +94,13 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
     load_beta(n + 1);
     store_diagonal_parts(pipe.solve_scratch, q_product, k_product, warp, lane);
     cutlass::arch::fence_view_async_shared();
-    EmptyBarrier::arrive(&pipe.ready[s]);
+    EmptyBarrier::arrive(&pipe.ready[recomputed(n) % kStages]);  // an address less to keep, which would spill
   }
 }
 
-// The other warps' part in a chunk, once it is ready: T~ and Aqk~. `read()` is called once all factors of the pairs are
-// read; the warps of Aqk, who have less to do, call `meanwhile()`.
+// The other warps' part in a chunk, once it is ready: T~ and Aqk~, which are there once all have called
+// wait_for_solution(). `read()` is called once all factors of the pairs are read; the warps of Aqk, who have less to do,
+// call `meanwhile()`, and may do what needs neither while the others are still at T.
 template <class F, class G>
 __device__ __forceinline__ void solve_chunk(Pipeline& pipe, SolvePanels const& panels, int warp, int lane, F&& read,
                                             G&& meanwhile) {
@@ -111,8 +112,8 @@ __device__ __forceinline__ void solve_chunk(Pipeline& pipe, SolvePanels const& p
   read();
   solve(panels, pipe.solve_scratch, below, role, kSolveBarrier, lane, meanwhile);
   cutlass::arch::fence_view_async_shared();
-  sync_chunk_warps(kSolveBarrier);
   EmptyBarrier::arrive(&pipe.solved);
 }
+__device__ __forceinline__ void wait_for_solution() { sync_chunk_warps(kSolveBarrier); }
 
 }  // namespace kda
