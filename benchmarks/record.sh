@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that a record on a GPU stands on, in one go: the whole suite, all benchmarks, into one folder. On two GPUs it
-# takes 9 minutes or, on a slow host, 10. The variant for this machine lies in build/; packages are those of requirements-dev.txt.
+# takes 9 minutes, on a slow host 11. The variant for this machine lies in build/; packages are those of requirements-dev.txt.
 #
 #     bash benchmarks/record.sh OUT [FLA]      FLA: a folder with fla-core 0.6.0, which transformers must not see by itself
 #
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 out=$(realpath -m "$1") fla=$(realpath -m "${2:-.fla}")
 work=$(mktemp -d)
 mkdir -p "$out" "$out/records"
-gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+second=$(python3 -c 'import torch; print(min(1, torch.cuda.device_count() - 1))')
 start=$SECONDS
 : >"$work/failed"
 
@@ -56,30 +56,35 @@ tree.ElementTree(both).write(f"{sys.argv[1]}/junit.xml")
 PY
 }
 
-on_gpu() { export CUDA_VISIBLE_DEVICES=$1; }
-rest() { step other suite -n 8 --junitxml="$work/other.xml" $(paths "${other[@]}"); }
-beside() { step beside strict tests/test_kda.py tests/test_decode.py -k fla; }
-half() { step half suite -n 8 --junitxml="$work/half.xml" $(paths "${half[@]}"); }
-whole_beside() { step strict strict tests/test_transformers.py tests/test_whole_layers.py -k bf16_logits; }
-slow() { step slow suite -n 8 --dist loadfile $(paths "${slow[@]}"); }
-accuracy() { step accuracy with_fla python3 benchmarks/accuracy.py --out "$out/records"; }
-decode() { step decode with_fla python3 benchmarks/decode.py --out "$out/records"; }
-model() { step model with_fla python3 benchmarks/model.py --out "$out/records"; }
-prefill() {
+first_gpu() {
+  step two_gpus suite tests/test_two_gpus.py
+  export CUDA_VISIBLE_DEVICES=0
+  step other suite -n 8 --junitxml="$work/other.xml" $(paths "${other[@]}")
+  step beside strict tests/test_kda.py tests/test_decode.py -k fla
   while ! [ -e "$work/half.done" ]; do sleep 1; done
   junit
   step prefill with_fla python3 benchmarks/prefill.py --given all --repeats 3 --tests "$work/junit.xml" --out "$out/records"
+  step decode with_fla python3 benchmarks/decode.py --out "$out/records"
 }
-half_done() { touch "$work/half.done"; }
+second_gpu() {
+  export CUDA_VISIBLE_DEVICES=$second
+  step half suite -n 8 --junitxml="$work/half.xml" $(paths "${half[@]}")
+  touch "$work/half.done"
+  step strict strict tests/test_transformers.py tests/test_whole_layers.py -k bf16_logits
+  step slow suite -n 8 --dist loadfile $(paths "${slow[@]}")
+  step accuracy with_fla python3 benchmarks/accuracy.py --out "$out/records"
+  [ "$second" = 0 ] || model
+}
+model() { step model with_fla python3 benchmarks/model.py --out "$out/records"; }
 
-if [ "$gpus" -ge 2 ]; then
-  step two_gpus suite tests/test_two_gpus.py
-  (on_gpu 1 && slow) &
-  (on_gpu 0 && rest && beside && prefill) &
-  (on_gpu 1 && half && half_done && whole_beside && accuracy && model && decode) &
-  wait
+if [ "$second" = 0 ]; then
+  second_gpu
+  first_gpu
+  model
 else
-  rest && half && half_done && beside && whole_beside && slow && accuracy && prefill && decode && model
+  second_gpu &
+  first_gpu
+  wait
 fi
 for log in "$work"/*.log; do printf '\n==== %s\n' "$(basename "$log" .log)" && tail -n 80 "$log"; done >"$out/logs.txt"
 echo "$((SECONDS - start)) s; failed: $(tr '\n' ' ' <"$work/failed")"

@@ -471,9 +471,9 @@ def test_step_bad_input(kernel, position, change, says):
     assert all(x is None or torch.equal(x, y) for x, y in zip(arguments, before))
 
 
-def whole_step_case(N, H, low_rank, hidden=192):
+def whole_step_case(N, H, low_rank, hidden=192, device="cuda"):
     """A layer's modules and tensors for one token of each of N sequences, by the names of `whole_step`'s arguments."""
-    C, bf16 = H * 128, dict(device="cuda", dtype=torch.bfloat16)
+    C, bf16 = H * 128, dict(device=device, dtype=torch.bfloat16)
 
     def linear(inputs, outputs, seed):
         module = torch.nn.Linear(inputs, outputs, bias=False, **bf16)
@@ -493,10 +493,10 @@ def whole_step_case(N, H, low_rank, hidden=192):
         out=linear(C, hidden, 10),
         conv=conv,
         conv_state=normal(N, 3 * C, 4, seed=11, **bf16),
-        A_log=normal(H, seed=12, device="cuda"),
-        dt_bias=normal(C, seed=13, device="cuda"),
+        A_log=normal(H, seed=12, device=device),
+        dt_bias=normal(C, seed=13, device=device),
         lower_bound=None,
-        state=normal(N, H, 128, 128, seed=14, device="cuda"),
+        state=normal(N, H, 128, 128, seed=14, device=device),
         norm_weight=normal(128, seed=15, **bf16),
         eps=1e-5,
     )
@@ -561,6 +561,23 @@ def test_whole_step_declines(kernel):
         kept = case["conv_state"].clone(), case["state"].clone()
         assert kernel.step.whole_step(**case | {name: value}) is None, name
         assert torch.equal(case["conv_state"], kept[0]) and torch.equal(case["state"], kept[1]), name
+
+
+@pytest.mark.parametrize("says, served_by_others", [("whole_step: out of memory", False), ("x must have a row", True)])
+@torch.no_grad()
+def test_whole_step_that_failed_is_not_taken_twice(kernel, monkeypatch, says, served_by_others):
+    """Only what the op refuses before it launches anything is left to others: afterwards the states may have moved on."""
+
+    def fail(*_):
+        raise RuntimeError(says)
+
+    monkeypatch.setattr(kernel.step, "_native_whole", fail, raising=False)
+    case = whole_step_case(1, 1, True, device="cpu")
+    if served_by_others:
+        assert kernel.step.whole_step(**case) is None
+    else:
+        with pytest.raises(RuntimeError, match=says):
+            kernel.step.whole_step(**case)
 
 
 # --- torch.compile, CUDA graphs -----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from cases import KERNEL, make
-from test_kda import forgetful
+from test_kda import CUT, SHARED, STREAMED, forgetful
 from test_layer_kernels import whole_step_case
 
 pytestmark = [
@@ -13,13 +13,13 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-# A call of each schedule: split, streamed, fused, shared between CTAs, cut into pieces, packed with unequal lengths
+# A call of each schedule; test_schedule.py sees to three of them. The last one leaves the choice to the device.
 PREFILLS = {
     "split": dict(H=2, T=130),
-    "streamed": dict(H=32, T=2048),
+    "streamed": STREAMED[-1],
     "fused": dict(H=132, T=130),
-    "shared": dict(H=133, T=512),
-    "cut": dict(H=8, T=4096, gate="lower_bound"),
+    "shared": SHARED[0],
+    "cut": CUT[0],
     "packed": dict(H=32, lengths=[700, 3, 0, 1, 129, 70, 900]),
 }
 
@@ -49,10 +49,9 @@ def strict(monkeypatch):
 @pytest.mark.parametrize("name", PREFILLS)
 @torch.no_grad()
 def test_prefill(kernel, name):
-    options = PREFILLS[name]
-    args = make(KERNEL, **options)
+    args = make(KERNEL, **PREFILLS[name])
     if name == "cut":
-        args = forgetful(args, options["gate"])
+        args = forgetful(args, "softplus")
     first, second = on_each(lambda case: kernel.chunk_kda(**case), args)
     assert all(torch.equal(a, b) and a.isfinite().all() and a.any() for a, b in zip(first, second))
 
