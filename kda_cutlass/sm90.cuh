@@ -128,6 +128,10 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t const (&a)[4], 
   cute::SM80_16x8x16_F32BF16BF16F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2],
                                             d[3]);
 }
+// Over 8 of the inner index.
+__device__ __forceinline__ void mma_bf16_8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  cute::SM80_16x8x8_F32BF16BF16F32_TN::fma(d[0], d[1], d[2], d[3], a0, a1, b, d[0], d[1], d[2], d[3]);
+}
 __device__ __forceinline__ void mma_tf32(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1) {
   cute::SM80_16x8x8_F32TF32TF32F32_TN::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b0, b1, d[0], d[1], d[2],
                                            d[3]);
@@ -137,23 +141,31 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], uint32_t const (&a)[4], 
 using GmmaMajor = cute::SM90::GMMA::Major;
 using GmmaScale = cute::SM90::GMMA::ScaleOut;
 
-// B whose rows are N and whose 64-wide panel rows run along K.
-__device__ __forceinline__ uint64_t desc_k_major(void const* panel) {
-  cute::GmmaDescriptor desc;
-  desc.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(panel) >> 4;
-  desc.bitfield.leading_byte_offset_ = 1;         // unused under the 128-byte swizzle
-  desc.bitfield.stride_byte_offset_ = 1024 >> 4;  // from 8 rows to the next 8
-  desc.bitfield.layout_type_ = 1;                 // 128-byte swizzle
-  return desc;
+// Where something lies in shared memory, in units of 16 bytes.
+struct Place {
+  uint32_t units;
+  __device__ __forceinline__ explicit Place(void const* smem) : Place(cute::cast_smem_ptr_to_uint(smem) >> 4) {}
+  __device__ __forceinline__ explicit Place(uint32_t units) : units(units) {}
+  __device__ __forceinline__ Place operator+(uint32_t bytes) const { return Place(units + (bytes >> 4)); }
+};
+// The same, in a uniform register: WGMMA takes its descriptors from there. What the compiler does not know to be the same
+// in all lanes it moves there by two slow instructions a product. Where the code branches it forgets.
+__device__ __forceinline__ Place uniform_place(void const* smem) {
+  Place at(smem);
+  asm volatile("redux.sync.or.b32 %0, %0, 0xffffffff;" : "+r"(at.units));
+  return at;
 }
+
+// Descriptors of panels under the 128-byte swizzle, 1024 bytes from 8 rows to the next 8.
+__device__ __forceinline__ uint64_t panel_desc(Place at, uint32_t leading_bytes) {
+  constexpr uint32_t kUpper = 1u << 30 | 1024 >> 4;
+  return static_cast<uint64_t>(kUpper) << 32 | (at.units + (leading_bytes >> 4 << 16));
+}
+// B whose rows are N and whose 64-wide panel rows run along K. It does not look at the leading bytes.
+__device__ __forceinline__ uint64_t desc_k_major(Place panel) { return panel_desc(panel, 0); }
 // B whose rows are K and whose panel rows run along N; `panel_bytes` from one 64-wide panel to the next.
-__device__ __forceinline__ uint64_t desc_mn_major(void const* panel, uint32_t panel_bytes) {
-  cute::GmmaDescriptor desc;
-  desc.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(panel) >> 4;
-  desc.bitfield.leading_byte_offset_ = panel_bytes >> 4;
-  desc.bitfield.stride_byte_offset_ = 1024 >> 4;
-  desc.bitfield.layout_type_ = 1;
-  return desc;
+__device__ __forceinline__ uint64_t desc_mn_major(Place panel, uint32_t panel_bytes) {
+  return panel_desc(panel, panel_bytes);
 }
 
 template <size_t... I>
@@ -189,26 +201,25 @@ __device__ __forceinline__ void wgmma_n128_mn_impl(float (&d)[64], uint32_t cons
 // d[64 x kRows] (+)= a[64 x kPanels*64] * B^T, B being kRows rows of `kPanels` K-major panels of 64 rows each. Of the
 // (last) panel only the first 16 * kSteps of K, where the rest is known to be zero.
 template <int kPanels, int kSteps = 4, int kFloats>
-__device__ __forceinline__ void wgmma_k_major(float (&d)[kFloats], uint32_t const (&a)[16 * kPanels],
-                                              void const* panels, bool accumulate) {
+__device__ __forceinline__ void wgmma_k_major(float (&d)[kFloats], uint32_t const (&a)[16 * kPanels], Place panels,
+                                              bool accumulate) {
   static_assert(kFloats == 16 || kFloats == 32);  // 32 or 64 rows
 #pragma unroll
   for (int p = 0; p < kPanels; ++p) {
-    uint64_t desc = desc_k_major(static_cast<char const*>(panels) + p * 64 * kPanelRowBytes);
 #pragma unroll
     for (int s = 0; s < (p + 1 < kPanels ? 4 : kSteps); ++s) {  // 16 of K: 32 bytes along a panel row
       GmmaScale const scale_d = (accumulate || p || s) ? GmmaScale::One : GmmaScale::Zero;
-      wgmma_k_impl(d, &a[16 * p + 4 * s], desc + 2 * s, scale_d, std::make_index_sequence<kFloats>{});
+      wgmma_k_impl(d, &a[16 * p + 4 * s], desc_k_major(panels + (p * 64 * kPanelRowBytes + 32 * s)), scale_d,
+                   std::make_index_sequence<kFloats>{});
     }
   }
 }
 // d[64 x 128] += a[64 x 64] * B, B in two MN-major panels of 64 rows.
-__device__ __forceinline__ void wgmma_mn_major(float (&d)[64], uint32_t const (&a)[16], void const* panels) {
-  uint64_t desc = desc_mn_major(panels, 64 * kPanelRowBytes);
+__device__ __forceinline__ void wgmma_mn_major(float (&d)[64], uint32_t const (&a)[16], Place panels) {
 #pragma unroll
-  for (int s = 0; s < 4; ++s) {  // 16 of K: 16 panel rows
-    wgmma_n128_mn_impl(d, &a[4 * s], desc + (16 * kPanelRowBytes >> 4) * s, std::make_index_sequence<64>{});
-  }
+  for (int s = 0; s < 4; ++s)  // 16 of K: 16 panel rows
+    wgmma_n128_mn_impl(d, &a[4 * s], desc_mn_major(panels + 16 * kPanelRowBytes * s, 64 * kPanelRowBytes),
+                       std::make_index_sequence<64>{});
 }
 
 // Keeps the compiler from moving reads or writes of registers across an asynchronous WGMMA that owns them.

@@ -61,6 +61,11 @@ __device__ __forceinline__ void store_fragment(Fragment& to, uint32_t const (&f)
   to[lane] = make_uint4(f[0], f[1], f[2], f[3]);
 }
 
+// Columns of a product, in the order that an MMA takes its right operand in: two registers for each 8 of them.
+__device__ __forceinline__ void store_columns(Fragment& to, uint32_t const (&f)[4], int lane) {
+  to[lane] = make_uint4(f[0], f[2], f[1], f[3]);
+}
+
 // Block pairs (i, j), j < i, in the order (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2).
 __device__ __forceinline__ constexpr int below_index(int i, int j) { return i * (i - 1) / 2 + j; }
 constexpr int kPairs = 6;
@@ -83,7 +88,7 @@ struct alignas(1024) FactorScratch {
   // start to the block's middle, from there to the end, and from there to the middle of each block after it.
   enum : int { kToStart = 0, kToEnd = kBlocks, kToRows = 2 * kBlocks, kDecays = 2 * kBlocks + kPairs };
   float decay[kDecays][kHeadDim];          // in the order of ChunkFactors
-  float q_scale[kChunk], k_scale[kChunk];  // of the tokens: scale / |q_i| and -beta_i / |k_i|^2
+  float q_scale[kChunk], k_scale[kChunk];  // of the tokens, or what these are made of (TokenScales)
 
   // The lower halves of a warp's 16 tokens x 64 channels: each 16 channels where their row factors go, in an order in
   // which neither rows nor columns of 16-byte units meet in a bank.
@@ -189,6 +194,18 @@ __device__ __forceinline__ void multiply(Product& out, uint32_t const (&rows)[4]
   mma_bf16(out.d[0], rows, cols[0], cols[2]);
   mma_bf16(out.d[1], rows, cols[1], cols[3]);
 }
+// The same, columns as store_columns() has them.
+__device__ __forceinline__ void multiply_stored(Product& out, uint32_t const (&rows)[4], uint32_t const (&cols)[4]) {
+  mma_bf16(out.d[0], rows, cols[0], cols[1]);
+  mma_bf16(out.d[1], rows, cols[2], cols[3]);
+}
+// With itself. By halves of the inner index: the two registers of a whole right operand would not lie side by side.
+__device__ __forceinline__ void multiply_by_itself(Product& out, uint32_t const (&rows)[4]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int n = 0; n < 2; ++n) mma_bf16_8(out.d[n], rows[2 * h], rows[2 * h + 1], rows[2 * h + n]);
+}
 // Left operand of an MMA from its entries, which are 0 or +-1.
 template <class F>
 __device__ __forceinline__ void make_matrix(uint32_t (&matrix)[4], int lane, F&& entry) {
@@ -267,38 +284,20 @@ __device__ __forceinline__ Product load_block(Block const& block, int lane) {
 __device__ __forceinline__ uint32_t tf32_part(float x) { return __float_as_uint(x) & 0xffffe000u; }
 __device__ __forceinline__ uint32_t tf32_rest(float x) { return __float_as_uint(x - __uint_as_float(tf32_part(x))); }
 
-// A 16 x 16 fp32 block as left operand of tf32 MMAs, in two parts whose sum holds 21 bits of it. Within 8 columns the
-// inner index runs in the order 0, 2, 4, 6, 1, 3, 5, 7, so that an accumulator can be the next product's left operand
-// as it stands.
+// A 16 x 16 fp32 block as left operand of tf32 MMAs, in two parts whose sum holds 21 bits of it.
 struct LeftOperand {
   uint32_t high[2][4], low[2][4];
-  __device__ __forceinline__ void set(int s, int e, float x) {
-    high[s][e] = tf32_part(x);
-    low[s][e] = tf32_rest(x);
-  }
 };
 __device__ __forceinline__ LeftOperand left_operand(Block const& block, int lane) {
   LeftOperand x;
-  int const row = lane >> 2, inner = 2 * (lane & 3);
 #pragma unroll
   for (int s = 0; s < 2; ++s)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float2 const pair = *reinterpret_cast<float2 const*>(&block[(row + 8 * h) * kBlockPitch + 8 * s + inner]);
-      x.set(s, h, pair.x);
-      x.set(s, 2 + h, pair.y);
+    for (int e = 0; e < 4; ++e) {
+      int const row = (lane >> 2) + 8 * (e & 1), column = 8 * s + (lane & 3) + 4 * (e >> 1);
+      float const entry = block[row * kBlockPitch + column];
+      x.high[s][e] = tf32_part(entry), x.low[s][e] = tf32_rest(entry);
     }
-  return x;
-}
-__device__ __forceinline__ LeftOperand left_operand(Product const& p) {
-  LeftOperand x;
-#pragma unroll
-  for (int s = 0; s < 2; ++s) {
-    x.set(s, 0, p.d[s][0]);
-    x.set(s, 1, p.d[s][2]);
-    x.set(s, 2, p.d[s][1]);
-    x.set(s, 3, p.d[s][3]);
-  }
   return x;
 }
 __device__ __forceinline__ void mma_fp32(float (&d)[4], uint32_t const (&high)[4], uint32_t const (&low)[4], float y0,
@@ -310,14 +309,12 @@ __device__ __forceinline__ void mma_fp32(float (&d)[4], uint32_t const (&high)[4
 // d += x * y, as exact as fp32 but for the products of the two low parts: with equal keys the merges below cancel
 // nearly everything, and what tf32 alone leaves behind would be as large as the rounding of T to bf16.
 __device__ __forceinline__ void multiply_fp32(Product& d, LeftOperand const& x, Block const& y, int lane) {
-  int const row = lane >> 2, inner = 2 * (lane & 3);
 #pragma unroll
   for (int s = 0; s < 2; ++s)
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      float const y0 = y[(8 * s + inner) * kBlockPitch + 8 * n + row];
-      float const y1 = y[(8 * s + inner + 1) * kBlockPitch + 8 * n + row];
-      mma_fp32(d.d[n], x.high[s], x.low[s], y0, y1);
+      float const* const first = &y[(8 * s + (lane & 3)) * kBlockPitch + 8 * n + (lane >> 2)];
+      mma_fp32(d.d[n], x.high[s], x.low[s], first[0], first[4 * kBlockPitch]);
     }
 }
 
@@ -385,7 +382,7 @@ __device__ __forceinline__ void for_each_norm(bool normalised, char const* panel
 #pragma unroll
       for (int t = 0; t < 2; ++t)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) multiply(product[half], x[t][half], x[t][half]);
+        for (int half = 0; half < 2; ++half) multiply_by_itself(product[half], x[t][half]);
     }
     auto const sum = [&](Product const& p, int h) {
       return row & 1 ? (h ? p.d[1][3] : p.d[0][1]) : (h ? p.d[1][2] : p.d[0][0]);
@@ -397,42 +394,52 @@ __device__ __forceinline__ void for_each_norm(bool normalised, char const* panel
 #pragma unroll
     for (int h = 0; h < 2; ++h) f(h, kBlock * block + 8 * h + row, inverse[h]);
 }
-__device__ __forceinline__ void scale_queries(FactorScratch& scratch, ChunkParams const& p, ChunkPlace at,
-                                              char const* q_panels, int block, int lane) {
-  for_each_norm(p.qk_l2norm, q_panels, block, lane, [&](int, int token, float inverse) {
-    scratch.q_scale[token] = token < at.tokens ? inverse * p.scale : 0.f;
-  });
-}
-__device__ __forceinline__ void scale_keys(FactorScratch& scratch, ChunkFactors& factors, ChunkParams const& p,
-                                           ChunkPlace at, char const* k_panels, RawBeta const& beta, int block,
-                                           int lane) {
-  for_each_norm(p.qk_l2norm, k_panels, block, lane, [&](int h, int token, float inverse) {
-    float const scaled = token < at.tokens ? beta.value(p, h) * inverse : 0.f;
-    factors.beta[ChunkFactors::index(token)] = scaled;
-    scratch.k_scale[token] = token < at.tokens ? -scaled * inverse : 0.f;
-  });
-}
 
-// The scales of a chunk's tokens that a warp of eight finds, of one block: those of k, whose beta it has, or q, or both.
-struct ScaleRole {
-  int block;
-  bool keys, queries;
-
-  // All the same.
-  static __device__ __forceinline__ ScaleRole even(int warp) {
-    return {warp % kBlocks, warp >= kBlocks, warp < kBlocks};
-  }
-  // The more the less a warp has to do for the chunk before (factor_block), so that all are at the vote together.
-  static __device__ __forceinline__ ScaleRole balanced(int warp) {
-    int const own = factor_block(warp), second = warp / kBlocks;
-    return {own == 3 ? second : 2 + second, own >= 2, own % 2 == 1};
-  }
+// Of a lane's two tokens: scale / |q_i| and -beta_i / |k_i|^2.
+struct TokenScales {
+  float q[2], k[2];
 };
+// Two ways to them. Either eight warps make them all, those of q warps 0 to 3 and those of k the others, which have
+// beta, and then each lane reads its own:
 __device__ __forceinline__ void scale_tokens(FactorScratch& scratch, ChunkFactors& factors, ChunkParams const& p,
-                                             ChunkPlace at, FactorPanels const& panels, RawBeta const& beta,
-                                             ScaleRole const& role, int lane) {
-  if (role.queries) scale_queries(scratch, p, at, panels.q, role.block, recomputed(lane));
-  if (role.keys) scale_keys(scratch, factors, p, at, panels.k, beta, role.block, recomputed(lane));
+                                             ChunkPlace at, FactorPanels const& panels, RawBeta const& beta, int warp,
+                                             int lane) {
+  if (warp < kBlocks)
+    for_each_norm(p.qk_l2norm, panels.q, warp, lane, [&](int, int token, float inverse) {
+      scratch.q_scale[token] = token < at.tokens ? inverse * p.scale : 0.f;
+    });
+  else
+    for_each_norm(p.qk_l2norm, panels.k, warp - kBlocks, lane, [&](int h, int token, float inverse) {
+      float const scaled = token < at.tokens ? beta.value(p, h) * inverse : 0.f;
+      factors.beta[ChunkFactors::index(token)] = scaled;
+      scratch.k_scale[token] = token < at.tokens ? -scaled * inverse : 0.f;
+    });
+}
+__device__ __forceinline__ TokenScales read_scales(FactorScratch const& scratch, int token) {
+  return {{scratch.q_scale[token], scratch.q_scale[token + 8]}, {scratch.k_scale[token], scratch.k_scale[token + 8]}};
+}
+// Or some warps find the norms, and each lane, which has beta of its tokens, makes its own:
+__device__ __forceinline__ void find_norms(FactorScratch& scratch, ChunkParams const& p, FactorPanels const& panels,
+                                           int block, int lane) {
+  for_each_norm(p.qk_l2norm, panels.k, block, lane,
+                [&](int, int token, float inverse) { scratch.k_scale[token] = inverse; });
+  for_each_norm(p.qk_l2norm, panels.q, block, lane,
+                [&](int, int token, float inverse) { scratch.q_scale[token] = inverse; });
+}
+__device__ __forceinline__ TokenScales make_scales(FactorScratch const& scratch, ChunkFactors& factors,
+                                                   ChunkParams const& p, ChunkPlace at, RawBeta const& beta, int token,
+                                                   bool tells) {
+  TokenScales x;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    int const here = token + 8 * h;
+    bool const inside = here < at.tokens;
+    float const inverse = scratch.k_scale[here], scaled = inside ? beta.value(p, h) * inverse : 0.f;
+    x.q[h] = inside ? scratch.q_scale[here] * p.scale : 0.f;
+    x.k[h] = inside ? -scaled * inverse : 0.f;
+    if (tells) factors.beta[ChunkFactors::index(here)] = scaled;
+  }
+  return x;
 }
 
 // The named barrier of the eight warps that do a step.
@@ -450,14 +457,15 @@ __device__ __forceinline__ bool sync_chunk_warps_and(int barrier, bool vote) {
 }
 
 // The first step: panels and scratch.low, k_rows and columns. `warp` is 0 to 7; the gate is there already. Returns the
-// warp's parts of its diagonal block's products. All call `scale()`, which returns when no warp reads the chunk before any
-// more, and once all have called it q, k and the tokens' scales are there; and `before_scratch()` before anything is
-// written that the other step reads.
-template <Gate kGate, bool kFp32Gate, int kUnroll, class F, class G>
+// warp's parts of its diagonal block's products. All call `before_runs()`, which returns when no warp reads the chunk
+// before any more; `before_scratch()` before anything is written that the other step reads; and `scales(token, tells)`,
+// after which q and k are there (or were once all had called `before_runs()`) and nobody else reads them any more, and
+// which gives the TokenScales of `token` and the one 8 after it, for one lane a token with `tells`.
+template <Gate kGate, bool kFp32Gate, int kUnroll, class F, class G, class N>
 __device__ __forceinline__ void make_factors(Product& q_product, Product& k_product, ChunkParams const& p,
                                              ChunkPlace at, FactorPanels const& panels, FactorScratch& scratch,
-                                             ChunkFactors& factors, int barrier, int warp, int lane, F&& scale,
-                                             G&& before_scratch) {
+                                             ChunkFactors& factors, int barrier, int warp, int lane, F&& before_runs,
+                                             G&& before_scratch, N&& scales) {
   int const block = factor_block(warp), half = warp / kBlocks;
   int const row = lane >> 2, column = 2 * (lane & 3), matrix = lane >> 3;
   int const token = kBlock * block + row;         // a lane's tokens are this one and 8 after it
@@ -517,7 +525,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
       sum_up(std::false_type{});
     before = {start - before.x, start - before.y}, after = {after.x - start, after.y - start};
     tame = before.x >= kTame && before.y >= kTame && after.x >= kTame && after.y >= kTame;
-    scale();
+    before_runs();
     *reinterpret_cast<float2*>(&scratch.run[2 * block][channel]) = make_float2(before.x, before.y);
     *reinterpret_cast<float2*>(&scratch.run[2 * block + 1][channel]) = make_float2(after.x, after.y);
   }
@@ -596,6 +604,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
       store_word<128 * (i / 4)>(low_words ^ ((i & 3) << 5 | (i / 4 & 1) << 4), __byte_perm(x, y, 0x5410));
     });
   }
+  TokenScales const scale = scales(token, half == 0 && (lane & 3) == 0);
   if (tokens < kBlock) {  // the rows past the end are another sequence's
     for (int i = max(tokens, 0); i < kBlock; ++i) {
       uint32_t const word = panel_offset(kBlock * block + i, lane >> 2) + 4 * (lane & 3);
@@ -605,8 +614,6 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
   __syncwarp();
 
   // ---- factors, and the products of the diagonal blocks over this half of the channels
-  float const q_scale[2] = {scratch.q_scale[token], scratch.q_scale[token + 8]};
-  float const k_scale[2] = {scratch.k_scale[token], scratch.k_scale[token + 8]};
   q_product = k_product = Product{};
   {
     auto const all_steps = [&](auto tame_constant) {
@@ -673,7 +680,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
                 packed[e] = kIsTame
                                 ? (kc[e] * decays[e >> 1]).packed()
                                 : (unpacked(k_raw[e]) * exp2_pair(plus(minus(pair_sum[e]), decays[e >> 1]))).packed();
-              store_fragment(scratch.columns[below_index(i, block)][step], packed, lane);
+              store_columns(scratch.columns[below_index(i, block)][step], packed, lane);
             }
         }
         {  // rows
@@ -682,7 +689,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             FloatPair const a = exp2_pair(kIsTame ? sum[e] : pair_sum[e]);
-            FloatPair const q = unpacked(q_raw[e]) * q_scale[e & 1], k = unpacked(k_raw[e]) * k_scale[e & 1];
+            FloatPair const q = unpacked(q_raw[e]) * scale.q[e & 1], k = unpacked(k_raw[e]) * scale.k[e & 1];
             FloatPair const qa = q * a, ka = k * a;
             q_row[e] = qa.packed(), k_row[e] = ka.packed();
             if constexpr (kIsTame) {
@@ -750,7 +757,7 @@ __device__ __forceinline__ void multiply_below(Product (&below)[2], SolveRole co
 #pragma unroll
       for (int n = 0; n < count; ++n) {
         load_fragment(columns, columns_of[n][s], lane);
-        multiply(below[n], rows, columns);
+        multiply_stored(below[n], rows, columns);
       }
     }
   };
@@ -793,7 +800,7 @@ __device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& s
       if (n < role.count) store_to_panel(panels.a_qk, role.row, role.column + n, below[n], lane);
     meanwhile();
     // As many as the others pass: racecheck counts them, and would take what follows for unordered.
-    for (int n = 0; n < 2; ++n) cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier + 4);
+    for (int n = 0; n < 3; ++n) cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier + 4);
     return;
   }
 #pragma unroll
@@ -805,32 +812,45 @@ __device__ __forceinline__ void solve(SolvePanels const& panels, SolveScratch& s
   store_to_panel(panels.t, block, block, load_block(scratch.diagonal[block], lane), lane);
   auto const sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, barrier + 2); };
   sync();
+  // T_A and T_B by warps 0 and 1, each from the right. T_BA = T_B ((-A_BA) T_A): what is in brackets by warps 2 and 3, a
+  // row of blocks each, and over what it is made of: column 1, which needs no T_A, where 0 was, then 0 where 1 was.
   int const warp = role.warp;
+  lane = recomputed(lane);
+  auto const below_at = [&](int i, int j) -> Block& { return scratch.below[below_index(i, j)]; };
+  Product mine;
   if (warp < 2) {
     int const i = 2 * warp + 1, j = 2 * warp;
-    Product left, merged;
-    multiply_fp32(left, left_operand(scratch.diagonal[i], lane), scratch.below[below_index(i, j)], lane);
-    multiply_fp32(merged, left_operand(left), scratch.diagonal[j], lane);
+    Product right, merged;
+    multiply_fp32(right, left_operand(below_at(i, j), lane), scratch.diagonal[j], lane);
+    __syncwarp();
+    store_block(below_at(i, j), right, lane);
+    __syncwarp();
+    multiply_fp32(merged, left_operand(scratch.diagonal[i], lane), below_at(i, j), lane);
     store_block(scratch.merged[warp], merged, lane);
     store_to_panel(panels.t, i, j, merged, lane);
+  } else {
+    Product right;
+    multiply_fp32(mine, left_operand(below_at(warp, 0), lane), scratch.diagonal[0], lane);
+    multiply_fp32(right, left_operand(below_at(warp, 1), lane), scratch.diagonal[1], lane);
+    __syncwarp();
+    store_block(below_at(warp, 0), right, lane);
   }
   sync();
-  {  // row block 2 + warp / 2, column block warp % 2 of T_B (-A_BA) T_A
-    int const i = 2 + warp / 2, j = warp % 2;
-    Product left[2], merged;
-    {
-      LeftOperand const x = left_operand(i == 2 ? scratch.diagonal[2] : scratch.merged[1], lane);
-      multiply_fp32(left[0], x, scratch.below[below_index(2, 0)], lane);
-      multiply_fp32(left[1], x, scratch.below[below_index(2, 1)], lane);
-    }
-    if (i == 3) {
-      LeftOperand const x = left_operand(scratch.diagonal[3], lane);
-      multiply_fp32(left[0], x, scratch.below[below_index(3, 0)], lane);
-      multiply_fp32(left[1], x, scratch.below[below_index(3, 1)], lane);
-    }
-    multiply_fp32(merged, left_operand(left[1]), j == 0 ? scratch.merged[0] : scratch.diagonal[1], lane);
-    if (j == 0) multiply_fp32(merged, left_operand(left[0]), scratch.diagonal[0], lane);
-    store_to_panel(panels.t, i, j, merged, lane);
+  if (warp < 2) {
+    multiply_fp32(mine, left_operand(warp == 0 ? scratch.diagonal[2] : scratch.merged[1], lane), below_at(2, 0), lane);
+    if (warp == 0) store_to_panel(panels.t, 2, 1, mine, lane);
+  } else {
+    multiply_fp32(mine, left_operand(below_at(warp, 1), lane), scratch.merged[0], lane);
+    __syncwarp();
+    store_block(below_at(warp, 1), mine, lane);
+    mine = {};
+  }
+  sync();
+  if (warp > 0) {  // (3, 1), (2, 0), (3, 0)
+    Block const& first = warp == 1 ? scratch.diagonal[3] : warp == 2 ? scratch.diagonal[2] : scratch.merged[1];
+    multiply_fp32(mine, left_operand(first, lane), warp == 1 ? below_at(3, 0) : below_at(2, 1), lane);
+    if (warp == 3) multiply_fp32(mine, left_operand(scratch.diagonal[3], lane), below_at(3, 1), lane);
+    store_to_panel(panels.t, warp == 2 ? 2 : 3, warp == 1 ? 1 : 0, mine, lane);
   }
 }
 

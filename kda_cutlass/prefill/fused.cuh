@@ -19,7 +19,7 @@ namespace kda {
 
 // States of shared chains that a CTA hands to the next, in the workspace.
 struct HandOver {
-  int* warps;     // [CTAs] that have left their part of it, 0 at first
+  int* warps;     // [CTAs] that have left their part of it, cleared before
   float* states;  // [CTAs][value, key]
 
   // Of the CTA before, which has begun no later and has waited for nobody until it leaves this.
@@ -41,13 +41,23 @@ struct FusedParams {
   int* taken;        // where to say whether this kernel does the call; null where the host has decided that it does
   int sms, walkers;  // of the streamed schedule, which does it otherwise; no walkers: the split one does
   RingFlags* flags;  // which that one wants to find empty
-  int* dealt;        // how many chains are dealt, 0 at first; null where all have one length
+  int* dealt;        // how many chains are dealt, cleared before; null where all have one length
   Cut cut;
   Forgotten forgotten;  // what has to hold for the cut; null without one
   HandOver hand_over;   // where chains are shared
 };
 
 constexpr int kFusedThreads = 2 * kChunkThreads;
+
+// In front of the fused kernel, which starts beside it: sets what that counts with to 0.
+struct ClearParams {
+  int* words;
+  int count;
+};
+__global__ void __launch_bounds__(kFusedThreads) clear_kernel(const __grid_constant__ ClearParams p) {
+  let_next_kernel_start();
+  for (int i = threadIdx.x; i < p.count; i += kFusedThreads) p.words[i] = 0;
+}
 
 // The chunks of a CTA's chains (sequence, head), one after another, as far as they are asked for.
 struct ChunkWalk {
@@ -159,7 +169,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       if (threadIdx.x == 0) *p.taken = pays;
       if (!pays && p.walkers > 0) p.flags->clear(threadIdx.x, kFusedThreads);
     }
-    if (!pays) return;
+    if (!pays) return wait_for_previous_kernel();  // or a kernel behind this one could start before that has ended
   }
   if (threadIdx.x == 0) {
     pipe.init();
@@ -268,9 +278,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   SolvePanels const solved = {smem.t, smem.a_qk};
   StateLanes const lanes(kValueTile * warpgroup, warp % 4, lane);
   // Of 16 tokens the one whose outputs a pair of lanes stores: eight lanes' reads from the panel meet in no bank.
-  auto const out_row = [](int lane) { return 8 * (lane / 16) + lane % 8 / 2 * 2 + lane / 8 % 2; };
+  auto const out_row = [](uint32_t lane) { return lane / 16 * 8 + lane % 8 / 2 * 2 + lane / 8 % 2; };
   float s[64];
   bool const requests = warp == 7;
+  if (kShared || (requests && !smem.in_turn)) wait_for_previous_kernel();  // counters are 0 from here on
   int n = 0;
   if (requests) {
 #pragma unroll 1
@@ -282,6 +293,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     }
     if (kFp32Gate && lane == 0 && pipe.places[0].tokens > 0) request_fp32_gate(0);
     __syncwarp();
+  }
+  if (warpgroup == 1) {
+    TransactionBarrier::wait(&pipe.gate_loaded[0], 0);  // the place is there
+    find_chunk_norms(p.chunk, pipe, smem.stages[0], 0, warp, recomputed(lane));
   }
 #pragma unroll 1
   while (true) {
@@ -326,6 +341,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
             }
           },
           [&] {
+            find_chunk_norms(p.chunk, pipe, smem.stages[stage ^ 1], n + 1, warp, recomputed(lane));
             if (requests) find(n + kStages);
           });
       TransactionBarrier::wait(&pipe.loaded[stage], phase);  // the values
@@ -337,25 +353,27 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         lanes.decay(s, factors.decay);
         fence_registers(w);
         cute::warpgroup_arrive();
-        wgmma_k_major<2>(w, s_operand, x.k_decayed[0], true);
+        wgmma_k_major<2>(w, s_operand, uniform_place(x.k_decayed), true);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         fence_registers(w);
         EmptyBarrier::arrive(&smem.decayed_read);
         pack_operand(operand, w);
       }
+      wait_for_solution();
       if (requests) {
         EmptyBarrier::wait(&smem.decayed_read, n & 1);
         request_first(n + kStages);
       }
       // V'^T = W^T T^T, then S^T += V'^T (K e^{G_end - G}) and O^T = S^T (Q e^G)^T + V'^T Aqk^T, not earlier and by
       // halves of the tokens for want of registers. T and Aqk are lower triangular.
+      Place const panels = uniform_place(&x), t = uniform_place(smem.t), a_qk = t + kPanelBytes;
       uint32_t v_operand[16];
       static_for<2>([&](auto index) {
         std::integral_constant<int, 1 - index> constexpr half;  // the second first: it alone wants all of W
         float v_new[16];
         cute::warpgroup_arrive();
-        wgmma_k_major<1, 2 + 2 * half>(v_new, operand, smem.t + half * (kPanelBytes / 2), false);
+        wgmma_k_major<1, 2 + 2 * half>(v_new, operand, t + half * (kPanelBytes / 2), false);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         fence_registers(v_new);
@@ -367,9 +385,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         uint32_t o_packed[8];
         if constexpr (half == 0) fence_registers(s);
         cute::warpgroup_arrive();
-        if constexpr (half == 0) wgmma_mn_major(s, v_operand, x.k_remaining[0]);
-        wgmma_k_major<2>(o, s_operand, x.q_decayed[0] + half * (kPanelBytes / 2), false);
-        wgmma_k_major<1, 2 + 2 * half>(o, v_operand, smem.a_qk + half * (kPanelBytes / 2), true);
+        if constexpr (half == 0) wgmma_mn_major(s, v_operand, panels + offsetof(FactorStage, k_remaining));
+        wgmma_k_major<2>(o, s_operand, panels + (offsetof(FactorStage, q_decayed) + half * (kPanelBytes / 2)), false);
+        wgmma_k_major<1, 2 + 2 * half>(o, v_operand, a_qk + half * (kPanelBytes / 2), true);
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<0>();
         if constexpr (half == 0) fence_registers(s);
@@ -378,15 +396,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
         lanes.store_output<2 * half>(x.v[warpgroup], o_packed);
       });
       __syncwarp();
-      int const here = recomputed(lane);
-      int64_t const shown = kDealing != Dealing::kWhole ? smem.shown[n % (2 * kStages)] : tokens;
+      uint32_t const here = recomputed(lane);
+      int const shown =
+          kDealing != Dealing::kWhole ? smem.shown[n % (2 * kStages)] : static_cast<int>(min(tokens, int64_t(kChunk)));
+      char const* const row = x.v[warpgroup] + panel_offset(out_row(here), 2 * (warp % 4) + here % 2);
 #pragma unroll
-      for (int j = 0; j < 4; ++j, out += 16 * p.values.out.stride_token) {
-        int const token = out_row(here) + 16 * j;
-        if (token < shown)
-          *reinterpret_cast<uint4*>(out) =
-              *reinterpret_cast<uint4 const*>(x.v[warpgroup] + panel_offset(token, 2 * (warp % 4) + here % 2));
-      }
+      for (int j = 0; j < 4; ++j, out += 16 * p.values.out.stride_token)
+        if (static_cast<int>(out_row(here)) + 16 * j < shown)
+          *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4 const*>(row + 16 * j * kPanelRowBytes);
       cutlass::arch::fence_view_async_shared();  // the next values come over what was written here
       EmptyBarrier::arrive(&pipe.empty[stage]);
       if (requests) request_rest(n + kStages);

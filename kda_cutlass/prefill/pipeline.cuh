@@ -24,6 +24,7 @@ struct Pipeline {
   alignas(8) uint64_t loaded[kStages];       // the other raw inputs
   alignas(8) uint64_t ready[kStages];        // factors and diagonal_parts
   alignas(8) uint64_t empty[kStages];        // everything of the stage is read
+  alignas(8) uint64_t normed;                // the norms are there, and q and k are read
   alignas(8) uint64_t multiplied;            // row and column factors are read
   alignas(8) uint64_t solved;                // solve_scratch is free
 
@@ -34,6 +35,7 @@ struct Pipeline {
       EmptyBarrier::init(&ready[s], kChunkThreads);
       EmptyBarrier::init(&empty[s], kChunkThreads);
     }
+    EmptyBarrier::init(&normed, kWarpgroup);
     EmptyBarrier::init(&multiplied, kChunkThreads);
     EmptyBarrier::init(&solved, kChunkThreads);
     cutlass::arch::fence_barrier_init();
@@ -61,11 +63,10 @@ __device__ __forceinline__ void request_gate(ChunkParams const& p, Pipeline& pip
 template <Gate kGate, bool kFp32Gate, int kUnroll, class F>
 __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline& pipe, int warp, int lane,
                                                  F&& stage_of) {
-  RawBeta beta;  // of the next chunk, of the warps that scale k
+  RawBeta beta;  // of the next chunk
   auto const load_beta = [&](int n) {
     beta = {};
-    ScaleRole const role = ScaleRole::balanced(warp);
-    if (role.keys) beta.load(p, pipe.places[n % kStages], role.block, lane);
+    beta.load(p, pipe.places[n % kStages], factor_block(warp), lane);
   };
   TransactionBarrier::wait(&pipe.gate_loaded[0], 0);
   load_beta(0);
@@ -82,24 +83,35 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
     FactorPanels const panels = panels_of(stage_of(n));
     make_factors<kGate, kFp32Gate, kUnroll>(
         q_product, k_product, p, at, panels, pipe.factor_scratch, pipe.factors[s], kFactorBarrier, recomputed(warp),
-        recomputed(lane),
-        [&] {
-          wait_for_all();  // the runs and scales of the chunk before lie where this one's go
-          TransactionBarrier::wait(&pipe.loaded[s], n / kStages & 1);
-          scale_tokens(pipe.factor_scratch, pipe.factors[s], p, at, panels, beta, ScaleRole::balanced(recomputed(warp)),
-                       recomputed(lane));
-        },
-        [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); });
+        recomputed(lane), [&] { wait_for_all(); },  // the runs of the chunk before lie where this one's go
+        [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); },
+        [&](int token, bool tells) {
+          TransactionBarrier::wait(&pipe.loaded[recomputed(n) % kStages], n / kStages & 1);
+          EmptyBarrier::wait(&pipe.normed, n & 1);
+          return make_scales(pipe.factor_scratch, pipe.factors[s], p, at, beta, token, tells);
+        });
     EmptyBarrier::wait(&pipe.solved, (n & 1) ^ 1);  // and the place of the next chunk is there
     load_beta(n + 1);
     store_diagonal_parts(pipe.solve_scratch, q_product, k_product, warp, lane);
     cutlass::arch::fence_view_async_shared();
-    EmptyBarrier::arrive(&pipe.ready[s]);
+    EmptyBarrier::arrive(&pipe.ready[recomputed(n) % kStages]);  // an address less to keep, which would spill
   }
 }
 
-// The other warps' part in a chunk, once it is ready: T~ and Aqk~. `read()` is called once all factors of the pairs are
-// read; the warps of Aqk, who have less to do, call `meanwhile()`.
+// The norms of the n-th chunk's tokens, if there is one, by warps 4 to 7 of the others, which have less to do than 0 to 3.
+// The factors of the chunk before are made, and its place is known.
+__device__ __forceinline__ void find_chunk_norms(ChunkParams const& p, Pipeline& pipe, FactorStage& stage, int n,
+                                                 int warp, int lane) {
+  if (pipe.places[n % kStages].tokens == 0) return;
+  TransactionBarrier::wait(&pipe.loaded[n % kStages], n / kStages & 1);
+  FactorPanels const panels = panels_of(stage);
+  find_norms(pipe.factor_scratch, p, panels, warp % kBlocks, lane);
+  EmptyBarrier::arrive(&pipe.normed);
+}
+
+// The other warps' part in a chunk, once it is ready: T~ and Aqk~, which are there once all have called
+// wait_for_solution(). `read()` is called once all factors of the pairs are read; the warps of Aqk, who have less to do,
+// call `meanwhile()`, and may do what needs neither while the others are still at T.
 template <class F, class G>
 __device__ __forceinline__ void solve_chunk(Pipeline& pipe, SolvePanels const& panels, int warp, int lane, F&& read,
                                             G&& meanwhile) {
@@ -111,8 +123,8 @@ __device__ __forceinline__ void solve_chunk(Pipeline& pipe, SolvePanels const& p
   read();
   solve(panels, pipe.solve_scratch, below, role, kSolveBarrier, lane, meanwhile);
   cutlass::arch::fence_view_async_shared();
-  sync_chunk_warps(kSolveBarrier);
   EmptyBarrier::arrive(&pipe.solved);
 }
+__device__ __forceinline__ void wait_for_solution() { sync_chunk_warps(kSolveBarrier); }
 
 }  // namespace kda

@@ -114,12 +114,11 @@ cudaError_t launch_prepare(PrepareParams const& params, Start start, cudaStream_
 }
 
 template <Gate kGate, bool kFp32Gate, Dealing kDealing>
-cudaError_t launch_fused(FusedParams const& params, int sms, cudaStream_t stream) {
+cudaError_t launch_fused(FusedParams const& params, int sms, Start start, cudaStream_t stream) {
   auto constexpr kKernel = fused_kernel<kGate, kFp32Gate, kDealing>;
   if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(FusedSmem))) return error;
   int64_t const chains = int64_t(params.chunk.sequences.num_seqs) * params.chunk.value_heads;
   dim3 const grid(static_cast<unsigned>(std::min<int64_t>(chains * params.cut.pieces, sms)));
-  Start const start = kDealing == Dealing::kCut ? Start::kOverlap : Start::kAlone;
   return launch(kKernel, grid, kFusedThreads, sizeof(FusedSmem), start, params, stream);
 }
 
@@ -269,10 +268,16 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
   }
   if (fused) {
     int* const handed_over = static_cast<int*>(p.workspace) + kForgottenBytes / sizeof(int);
-    if (dealt != nullptr)
-      if (cudaError_t const error = cudaMemsetAsync(dealt, 0, sizeof(*dealt), stream)) return error;
-    if (shared)
-      if (cudaError_t const error = cudaMemsetAsync(handed_over, 0, sms * sizeof(*handed_over), stream)) return error;
+    // What the kernel counts with is cleared by one that it starts beside; but where two kernels stand behind it, by no
+    // kernel, so that a call has three at most.
+    bool const clears = dealt != nullptr || shared, beside = clears && (!others || walkers > 0);
+    if (clears) {
+      int* const first = dealt != nullptr ? dealt : handed_over;
+      ClearParams const clear = {first, static_cast<int>((shared ? handed_over + sms : dealt + 1) - first)};
+      cudaError_t const error = beside ? launch(clear_kernel, dim3(1), kFusedThreads, 0, Start::kAlone, clear, stream)
+                                       : cudaMemsetAsync(clear.words, 0, clear.count * sizeof(int), stream);
+      if (error != cudaSuccess) return error;
+    }
     FusedParams const params = {chunk,      values, taken, sms,       walkers,
                                 ring_flags, dealt,  cut,   forgotten, {handed_over, reinterpret_cast<float*>(carries)}};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
@@ -281,7 +286,7 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
       auto* const launch_it = dealing == Dealing::kCut      ? launch_fused<kGate, kFp32, Dealing::kCut>
                               : dealing == Dealing::kShared ? launch_fused<kGate, kFp32, Dealing::kShared>
                                                             : launch_fused<kGate, kFp32, Dealing::kWhole>;
-      return launch_it(params, sms, stream);
+      return launch_it(params, sms, cuts || beside ? Start::kOverlap : Start::kAlone, stream);
     });
     if (error != cudaSuccess || !others) return error;
   }

@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
   Product q_product, k_product, below[2];
   make_factors<kGate, kFp32Gate, kHalfSteps>(
       q_product, k_product, p.chunk, at, panels, smem.factor_scratch, smem.factors, 1, warp, lane,
-      [&] { scale_tokens(smem.factor_scratch, smem.factors, p.chunk, at, panels, beta, ScaleRole::even(warp), lane); },
-      [] {});
+      [&] { scale_tokens(smem.factor_scratch, smem.factors, p.chunk, at, panels, beta, warp, lane); }, [] {},
+      [&](int token, bool) { return read_scales(smem.factor_scratch, token); });
   __syncthreads();
   SolveRole const role(warp);
   multiply_below(below, role, smem.factor_scratch, lane);

@@ -129,9 +129,10 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
         recomputed(lane),
         [&] {
           TransactionBarrier::wait(&smem.keys_loaded, phase);
-          scale_tokens(smem.factor_scratch, smem.factors, p, at, panels, beta, ScaleRole::even(warp), lane);
+          scale_tokens(smem.factor_scratch, smem.factors, p, at, panels, beta, warp, lane);
         },
-        [&] { EmptyBarrier::wait(&smem.stored, phase ^ 1); });
+        [&] { EmptyBarrier::wait(&smem.stored, phase ^ 1); },
+        [&](int token, bool) { return read_scales(smem.factor_scratch, token); });
     cutlass::arch::fence_view_async_shared();
     sync_chunk_warps(barrier);
     Record& record = ring.records[ring.slot(share.walker, step)];
@@ -168,7 +169,7 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
       }
       __syncwarp();
     });
-    load_beta();
+    load_beta();  // by the warps of Aqk, which have seen the next place
     cutlass::arch::fence_view_async_shared();
     sync_chunk_warps(barrier);
     if (leads) {

@@ -182,14 +182,14 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     // W^T = beta V^T - S^T (beta K e^G)^T, the values being the accumulator's seed
     fence_registers(w);
     cute::warpgroup_arrive();
-    wgmma_k_major<2>(w, s_operand, operands.k_decayed[0], true);
+    wgmma_k_major<2>(w, s_operand, Place(operands.k_decayed[0]), true);
     cute::warpgroup_commit_batch();
 
     if (i > 0) hand_out(i - 1);
 
     fence_registers(o);
     cute::warpgroup_arrive();
-    wgmma_k_major<1>(o, reinterpret_cast<uint32_t const(&)[16]>(s_operand[0]), operands.q_decayed[0], false);
+    wgmma_k_major<1>(o, reinterpret_cast<uint32_t const(&)[16]>(s_operand[0]), Place(operands.q_decayed[0]), false);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     fence_registers(w);
@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     // V'^T = W^T T^T; the other half of S^T (Q e^G)^T fills the tensor cores while V' becomes an operand
     fence_registers(v_new);
     cute::warpgroup_arrive();
-    wgmma_k_major<1>(v_new, w_operand, operands.t, false);
+    wgmma_k_major<1>(v_new, w_operand, Place(operands.t), false);
     cute::warpgroup_commit_batch();
-    wgmma_k_major<1>(o, reinterpret_cast<uint32_t const(&)[16]>(s_operand[16]), operands.q_decayed[1], true);
+    wgmma_k_major<1>(o, reinterpret_cast<uint32_t const(&)[16]>(s_operand[16]), Place(operands.q_decayed[1]), true);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     fence_registers(v_new);
@@ -209,9 +209,9 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     // S^T += V'^T (K e^{G_end - G}),  O^T += V'^T Aqk^T
     fence_registers(s);
     cute::warpgroup_arrive();
-    wgmma_mn_major(s, v_operand, operands.k_remaining);
+    wgmma_mn_major(s, v_operand, Place(operands.k_remaining));
     cute::warpgroup_commit_batch();
-    wgmma_k_major<1>(o, v_operand, operands.a_qk, true);
+    wgmma_k_major<1>(o, v_operand, Place(operands.a_qk), true);
     cute::warpgroup_commit_batch();
 
     constexpr int next_stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
