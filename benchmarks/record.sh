@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a record on a GPU stands on, in one go: the whole suite, all benchmarks, into one folder. On two GPUs it
-# takes 9 minutes, on a slow host 11. The variant for this machine lies in build/; packages are those of requirements-dev.txt.
+# takes 9 minutes, on a slow host 11; a third one takes what need not wait for the suite. The variant for this machine lies
+# in build/; packages are those of requirements-dev.txt.
 #
 #     bash benchmarks/record.sh OUT [FLA]      FLA: a folder with fla-core 0.6.0, which transformers must not see by itself
 #
@@ -10,7 +11,8 @@ cd "$(dirname "$0")/.."
 out=$(realpath -m "$1") fla=$(realpath -m "${2:-.fla}")
 work=$(mktemp -d)
 mkdir -p "$out" "$out/records"
-second=$(python3 -c 'import torch; print(min(1, torch.cuda.device_count() - 1))')
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+second=$((gpus > 1 ? 1 : 0))
 start=$SECONDS
 : >"$work/failed"
 
@@ -56,33 +58,45 @@ tree.ElementTree(both).write(f"{sys.argv[1]}/junit.xml")
 PY
 }
 
+strict_logits() { step strict strict tests/test_transformers.py tests/test_whole_layers.py -k bf16_logits; }
+beside() { step beside strict tests/test_kda.py tests/test_decode.py -k fla; }
+decode() { step decode with_fla python3 benchmarks/decode.py --out "$out/records"; }
+model() { step model with_fla python3 benchmarks/model.py --out "$out/records"; }
+
 first_gpu() {
   step two_gpus suite tests/test_two_gpus.py
   export CUDA_VISIBLE_DEVICES=0
   step other suite -n 8 --junitxml="$work/other.xml" $(paths "${other[@]}")
-  step beside strict tests/test_kda.py tests/test_decode.py -k fla
+  [ "$gpus" -gt 2 ] || beside
   while ! [ -e "$work/half.done" ]; do sleep 1; done
   junit
   step prefill with_fla python3 benchmarks/prefill.py --given all --repeats 3 --tests "$work/junit.xml" --out "$out/records"
-  step decode with_fla python3 benchmarks/decode.py --out "$out/records"
+  [ "$gpus" -gt 2 ] || decode
 }
 second_gpu() {
   export CUDA_VISIBLE_DEVICES=$second
   step half suite -n 8 --junitxml="$work/half.xml" $(paths "${half[@]}")
   touch "$work/half.done"
-  step strict strict tests/test_transformers.py tests/test_whole_layers.py -k bf16_logits
+  [ "$gpus" -gt 2 ] || strict_logits
   step slow suite -n 8 --dist loadfile $(paths "${slow[@]}")
   step accuracy with_fla python3 benchmarks/accuracy.py --out "$out/records"
-  [ "$second" = 0 ] || model
+  [ "$gpus" != 2 ] || model
 }
-model() { step model with_fla python3 benchmarks/model.py --out "$out/records"; }
+third_gpu() {
+  export CUDA_VISIBLE_DEVICES=2
+  strict_logits
+  beside
+  model
+  decode
+}
 
-if [ "$second" = 0 ]; then
+if [ "$gpus" -lt 2 ]; then
   second_gpu
   first_gpu
   model
 else
   second_gpu &
+  [ "$gpus" = 2 ] || third_gpu &
   first_gpu
   wait
 fi
