@@ -29,10 +29,11 @@ import torch
 from console import number, progress, say, table
 from peers import compile_fla, cudnn_inputs, fla_jobs, fla_variants, load_cudnn, load_fla, load_ours, tune_fla
 from timing import Arm, measure, measure_cpu, set_count, spread
-from workloads import CPU_ROWS, REGIMES, ROWS, Cell, Row, cells, make_inputs, select_rows
+from workloads import CPU_ROWS, PEER_TOKENS, REGIMES, ROWS, Cell, Row, cells, make_inputs, select_rows
 
 ERROR_TOKENS = 8192  # longest sequence that is checked against fp64
 ERROR_HEADS = 16  # heads of it, evenly spread: errors are norms over millions of elements either way
+LINEAR_HEADS = 32  # of the rows whose time a token is compared
 QUICK_ROWS = ("32x512", "32x2048", "32x8192", "32x8x1024")
 
 
@@ -55,6 +56,8 @@ def peer_error(value: float | None) -> float | None:
 def run_cell(cell: Cell, ours, fla, options, cudnn=None) -> dict:
     """Measure one cell and return its row of the record. `fla` and `cudnn` may be None."""
     row, device = cell.row, options.device
+    if row.tokens > PEER_TOKENS:
+        fla = cudnn = None
     sets = [make_inputs(cell, device, seed) for seed in range(set_count(row.bytes, device))]
     if row.packed:
         # A model's layers share one cu_seqlens, and FLA keeps what it derives from the last few it saw.
@@ -264,6 +267,17 @@ def verdicts(rows: list[dict]) -> list[str]:
         collect("output less exact than FLA", lambda r: worse(r, "err_o")),
         collect("state less exact than FLA", lambda r: worse(r, "err_s")),
     ]
+    for regime in REGIMES:  # whether the time grows with the tokens alone
+        long = {
+            r["seq_lens"][0]: r["ms"] * 1e3 / r["seq_lens"][0]
+            for r in rows
+            if r["H"] == LINEAR_HEADS and r["gate"] != "given" and r["regime"] == regime and r["seq_lens"][0] >= 8192
+        }
+        if max(long, default=0) > PEER_TOKENS:
+            each = ", ".join(f"{tokens} {us:.4f}" for tokens, us in sorted(long.items()))
+            found.append(
+                f"us a token at H={LINEAR_HEADS} {regime}: {each}; {max(long.values()) / min(long.values()):.2f} apart"
+            )
     if any("cudnn_gpu_ms" in row for row in rows):
         found.append(
             collect("slower than cuDNN", lambda r: bool(r.get("cudnn_gpu_ms")) and r["ms"] > r["cudnn_gpu_ms"])
@@ -372,6 +386,7 @@ def main(argv=None) -> int:
         done = {label_of(row): row for row in rows}
         say(f"{len(done)} rows are there already")
     left = [cell for cell in plan if cell.label not in done]
+    beside = [cell for cell in left if cell.row.tokens <= PEER_TOKENS]
     out = options.out or records.RESULTS
 
     def record() -> dict:
@@ -379,11 +394,11 @@ def main(argv=None) -> int:
 
     part = None
     with torch.no_grad():
-        if fla and left:
-            with progress(len(fla_jobs(left)), "FLA compiled") as advance:
-                compile_fla(left, advance)
-            with progress(len(fla_variants(left)), "FLA tuned") as advance:
-                tune_fla(fla, left, options.device, advance)
+        if fla and beside:
+            with progress(len(fla_jobs(beside)), "FLA compiled") as advance:
+                compile_fla(beside, advance)
+            with progress(len(fla_variants(beside)), "FLA tuned") as advance:
+                tune_fla(fla, beside, options.device, advance)
         with progress(len(left), "measured") as advance:
             for cell in left:
                 row = done[cell.label] = run_cell(cell, ours, fla, options, cudnn)

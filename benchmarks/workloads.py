@@ -109,7 +109,9 @@ ROWS = (
     Row(12, (8192,), 0.20, 0.085),
     Row(8, (8192,), 0.18, 0.06),
     Row(8, (65536,), 0.70, 0.40),
+    Row(32, (1 << 20,)),
 )
+PEER_TOKENS = 1 << 18  # in more than this FLA's intermediate results would not fit beside the inputs
 # Rows of the precomputed-gate cells: FLA compiles its kernels anew for every head count, so three shapes stand for all.
 GIVEN_ROWS = ("96x8192", "64x8x1024", "32x8192")
 # Small enough for the PyTorch path on a CPU; used by `--device cpu`.
@@ -151,7 +153,7 @@ def cells(rows=ROWS, regimes=REGIMES, given: str = "subset") -> list[Cell]:
         chosen += [
             Cell(row, "given", regime, g_dtype)
             for row in rows
-            if given == "all" or row.id in GIVEN_ROWS or row in CPU_ROWS
+            if (given == "all" and row.tokens <= PEER_TOKENS) or row.id in GIVEN_ROWS or row in CPU_ROWS
             for g_dtype in ("bf16", "fp32")
             for regime in regimes
         ]
