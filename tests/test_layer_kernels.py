@@ -298,6 +298,7 @@ def test_norm_bad_input(kernel, device, says, grad):
 
 
 def projections(K, sizes, dtype=torch.bfloat16, device="cuda"):
+    torch.manual_seed(K)
     return tuple(torch.nn.Linear(K, n, bias=False, device=device, dtype=dtype) for n in sizes)
 
 
@@ -317,7 +318,8 @@ def test_few_rows(kernel, rows, K, sizes):
     for module, x, y in zip(modules, inputs, outputs):
         expected = x.double() @ module.weight.double().T
         assert y.is_contiguous() and y.dtype == x.dtype
-        assert relative_error(y, expected) < 2.6e-3  # one rounding: up to 3.9e-3 in a value, this over 40 of them
+        # One rounding: up to 3.9e-3 in a value, less over many.
+        assert relative_error(y, expected) < (2.6e-3 if y.numel() >= 40 else 3.9e-3)
         if rows[0] > 1:
             assert torch.equal(kernel.linears.linears((module,), (x[:2].contiguous(),), True)[0], y[:2])
 
