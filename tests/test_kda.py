@@ -289,6 +289,23 @@ def test_lengths_choose_the_schedule(kernel, dtype):
     check(kernel, KERNEL, args)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[256] * 12, [3000, 100, 0, 17], [1] * 40], ids=["equal", "one-long", "short"])
+@pytest.mark.parametrize("H", [4, 32])
+def test_lengths_on_the_host_choose_no_more_than_the_schedule(kernel, monkeypatch, H, lengths):
+    """The same bits with them, without them, and with others that are not those of the device."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    args = make(KERNEL, H=H, lengths=lengths)
+    args["initial_state"] = make_state(KERNEL, args)
+    expected = kernel.chunk_kda(**args)
+    cu = args["cu_seqlens"].cpu()
+    long = torch.full_like(cu, int(cu[-1]))
+    long[0] = 0
+    for host in (cu, cu.int(), long, torch.zeros_like(cu), cu.flip(0), cu * 2**40):
+        for x, y in zip(kernel.chunk_kda(**args, cu_seqlens_cpu=host), expected):
+            assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize(
     "lengths",
     [

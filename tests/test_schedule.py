@@ -22,12 +22,12 @@ ASK = r"""
 #include <cstdio>
 #include <utility>
 #include "schedule.h"
-int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpoints workspace_bytes sms
-  long long tokens, workspace;
+int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpoints workspace_bytes sms longest chunks
+  long long tokens, workspace, longest, chunks;
   int batch, num_seqs, heads, packed, checkpoints, sms;
-  while (std::scanf("%lld %d %d %d %d %d %lld %d", &tokens, &batch, &num_seqs, &heads, &packed, &checkpoints, &workspace,
-                    &sms) == 8) {
-    kda::CallShape const call = {tokens, batch, num_seqs, heads, packed != 0, checkpoints != 0};
+  while (std::scanf("%lld %d %d %d %d %d %lld %d %lld %lld", &tokens, &batch, &num_seqs, &heads, &packed, &checkpoints,
+                    &workspace, &sms, &longest, &chunks) == 10) {
+    kda::CallShape const call = {tokens, batch, num_seqs, heads, packed != 0, checkpoints != 0, longest, chunks};
     kda::Schedules const s = kda::choose_schedules(call, sms);
     long long const size = kda::workspace_size(call);
     kda::Slabs const slabs = kda::make_slabs(call, workspace > 0 ? workspace : size, sms);
@@ -72,11 +72,25 @@ def compiled(tmp_path_factory):
 def ask(compiled):
     for answer in compiled("ask", ASK):
 
-        def of(heads, lengths=None, *, tokens=None, batch=1, sequences=None, checkpoints=False, workspace=0, sms=SMS):
+        def of(
+            heads,
+            lengths=None,
+            *,
+            tokens=None,
+            batch=1,
+            sequences=None,
+            checkpoints=False,
+            workspace=0,
+            sms=SMS,
+            known=False,
+        ):
             packed = lengths is not None and len(lengths) > 1 or sequences is not None
             tokens = sum(lengths) if tokens is None else tokens
             sequences = sequences if sequences is not None else len(lengths) if lengths is not None else batch
-            return answer(f"{tokens} {batch} {sequences} {heads} {packed:d} {checkpoints:d} {workspace} {sms}")
+            each = [-(-length // 64) for length in lengths] if known else [0]
+            return answer(
+                f"{tokens} {batch} {sequences} {heads} {packed:d} {checkpoints:d} {workspace} {sms} {max(each)} {sum(each)}"
+            )
 
         yield of
 
@@ -110,6 +124,24 @@ MIX = [1300, 547, 2048, 963, 271, 3063]
 )
 def test_the_choice_for_the_benchmarks_shapes(ask, heads, lengths, launched):
     answer = ask(heads, lengths)
+    assert " ".join(name for name in ("fused", "split", "walkers") if answer[name]) == launched
+
+
+@pytest.mark.parametrize(
+    "heads, lengths, launched",
+    [
+        (32, [1024] * 8, "fused"),
+        (32, [256] * 32, "fused"),
+        (32, [1024] * 64, "fused"),
+        (32, [8000] + [24] * 8, "walkers"),
+        (64, MIX, "fused"),
+        (96, [30000] + [16] * 8, "walkers"),
+        (8, [4096] * 2, "split"),
+        (8, [4] * 1000, "fused"),
+    ],
+)
+def test_lengths_that_the_host_knows_need_one_schedule(ask, heads, lengths, launched):
+    answer = ask(heads, lengths, known=True)
     assert " ".join(name for name in ("fused", "split", "walkers") if answer[name]) == launched
 
 

@@ -157,18 +157,15 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   bool constexpr kCut = kDealing == Dealing::kCut, kShared = kDealing == Dealing::kShared;
   int const items = chains * (kCut ? p.cut.pieces : kShared ? Portion::kPieces : 1);
   if (p.dealt != nullptr) measure(smem, sequences);
-  if (p.taken != nullptr) {
-    bool pays;
-    if constexpr (kCut) {
-      wait_for_previous_kernel();
-      pays = p.forgotten.holds(threadIdx.x, kFusedThreads);
-    } else {
-      pays = Choice::fused_pays(smem.longest, smem.chunks, sequences.num_seqs, value_heads, p.walkers, p.sms);
-    }
-    if (blockIdx.x == 0) {
-      if (threadIdx.x == 0) *p.taken = pays;
-      if (!pays && p.walkers > 0) p.flags->clear(threadIdx.x, kFusedThreads);
-    }
+  // By `threads` threads of one CTA: leaves word whether this kernel does the call.
+  auto const tell = [&](bool pays, int threads) {
+    if (blockIdx.x != 0) return;
+    if (threadIdx.x == 0) *p.taken = pays;
+    if (!pays && p.walkers > 0) p.flags->clear(threadIdx.x, threads);
+  };
+  if (!kCut && p.taken != nullptr) {
+    bool const pays = Choice::fused_pays(smem.longest, smem.chunks, sequences.num_seqs, value_heads, p.walkers, p.sms);
+    tell(pays, kFusedThreads);
     if (!pays) return wait_for_previous_kernel();  // or a kernel behind this one could start before that has ended
   }
   if (threadIdx.x == 0) {
@@ -281,7 +278,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   auto const out_row = [](uint32_t lane) { return lane / 16 * 8 + lane % 8 / 2 * 2 + lane / 8 % 2; };
   float s[64];
   bool const requests = warp == 7;
-  if (kShared || (requests && !smem.in_turn)) wait_for_previous_kernel();  // counters are 0 from here on
+  if (kShared || requests) wait_for_previous_kernel();  // counters are 0 from here on, and what cleared them has ended
   int n = 0;
   if (requests) {
 #pragma unroll 1
@@ -297,6 +294,25 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   if (warpgroup == 1) {
     TransactionBarrier::wait(&pipe.gate_loaded[0], 0);  // the place is there
     find_chunk_norms(p.chunk, pipe, smem.stages[0], 0, warp, recomputed(lane));
+  }
+  if constexpr (kCut) {
+    // Nothing is written before it is known that the chains may be cut, but the first factors are made.
+    wait_for_previous_kernel();
+    bool const pays = p.forgotten.holds(threadIdx.x, kSolveBarrier);
+    tell(pays, kChunkThreads);
+    if (!pays) {
+      if (pipe.places[0].tokens == 0) return;
+      EmptyBarrier::wait(&pipe.ready[0], 0);
+      if (requests && lane == 0) {  // the factor warps find no chunk behind the second
+        if (kFp32Gate && pipe.places[1].tokens > 0) request_fp32_gate(1);
+        pipe.places[0].tokens = 0;
+        EmptyBarrier::arrive(&pipe.gate_loaded[0]);
+      }
+      EmptyBarrier::arrive(&pipe.multiplied);
+      EmptyBarrier::arrive(&pipe.solved);
+      if (warpgroup == 1) EmptyBarrier::arrive(&pipe.normed);
+      return;
+    }
   }
 #pragma unroll 1
   while (true) {

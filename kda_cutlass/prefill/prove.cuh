@@ -25,11 +25,11 @@ struct Forgotten {
   uint8_t* all;
   int count;
 
-  // By all threads of a CTA: whether the chains may be cut.
-  __device__ __forceinline__ bool holds(int thread, int threads) const {
+  // By the eight warps that share a named barrier: whether the chains may be cut.
+  __device__ __forceinline__ bool holds(int thread, int barrier) const {
     bool here = true;
-    for (int i = thread; i < count; i += threads) here = here && all[i];
-    return __syncthreads_and(here);
+    for (int i = thread; i < count; i += kChunkThreads) here = here && all[i];
+    return sync_chunk_warps_and(barrier, here);
   }
 };
 

@@ -29,6 +29,8 @@ struct CallShape {
   int batch, num_seqs, value_heads;
   bool packed;       // with cu_seqlens
   bool checkpoints;  // states inside sequences are wanted
+  // Of packed sequences whose lengths the host knows, in chunks of one head: the longest, and all. Else 0.
+  int64_t longest = 0, chunks = 0;
 
   bool one_length() const { return !packed || num_seqs == 1; }
   int64_t chains() const { return int64_t(num_seqs) * value_heads; }
@@ -117,6 +119,7 @@ inline Walkers choose_walkers(CallShape const& call, int64_t each, int sms) {
     if (!call.one_length() && !dealt_by_heads) continue;
     // One sequence may hold more than the others: half of all.
     float const steps = call.one_length() ? float((chains + count - 1) / count) * each
+                        : call.chunks > 0 ? Choice::packed_steps(call.longest, call.chunks, call.value_heads, count)
                                           : Choice::packed_steps((chunks + 1) / 2, chunks, call.value_heads, count);
     float const cost = Choice::stream(steps, count, sms);
     if (best.count == 0 || cost < best.cost) best = {count, cost};
@@ -140,7 +143,7 @@ inline CutChoice choose_cut(int64_t chains, int64_t each, int sms) {
   return best;
 }
 
-// Which schedules a call launches. Two where sequences are packed and their lengths have to decide: the fused kernel, in
+// Which schedules a call launches. Two where sequences are packed and their lengths, which only the device knows, decide: the fused kernel, in
 // front, then leaves word whether it did the call, and the other's kernels return at once if so.
 struct Schedules {
   bool fused, split;
@@ -150,9 +153,11 @@ struct Schedules {
 inline Schedules choose_schedules(CallShape const& call, int sms) {
   if (call.checkpoints) return {false, true, 0, {}};  // only the recurrence writes them
   int const heads = call.value_heads;
-  int64_t const each = call.mean_chunks(), chunks = each * call.num_seqs;
-  float const fused_cost = Choice::fused(each, chunks, call.num_seqs, heads, sms),
-              split_cost = Choice::split(each, chunks, heads);
+  bool const known = call.one_length() || call.chunks > 0;
+  int64_t const each = call.mean_chunks(), chunks = call.chunks > 0 ? call.chunks : each * call.num_seqs,
+                longest = call.chunks > 0 ? call.longest : each;
+  float const fused_cost = Choice::fused(longest, chunks, call.num_seqs, heads, sms),
+              split_cost = Choice::split(longest, chunks, heads);
   Walkers const walkers = each > 0 ? choose_walkers(call, each, sms) : Walkers{};
   bool const streams = walkers.count > 0 && walkers.cost < std::min(fused_cost, split_cost);
   if (streams || split_cost <= fused_cost) {
@@ -168,7 +173,7 @@ inline Schedules choose_schedules(CallShape const& call, int sms) {
   }
   // With many heads one sequence that holds nearly all tokens is not much slower for it.
   bool const any_lengths = Choice::kSplitChunk * heads >= .8f * Choice::kFusedChunk;
-  if (call.one_length() || any_lengths) return {true, false, 0, {}};
+  if (known || any_lengths) return {true, false, 0, {}};
   return {true, walkers.count == 0, walkers.count, {}};
 }
 
