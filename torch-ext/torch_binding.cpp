@@ -334,7 +334,9 @@ void set_prefill_out(kda::PrefillParams& params, const Sizes& sizes, const Arg& 
 template <class Index>
 void set_lengths(kda::PrefillParams& params, const Index* cu_seqlens, int64_t N) {
   for (int64_t n = 0; n < N; ++n) {
-    const int64_t length = std::min<int64_t>(std::max<int64_t>(cu_seqlens[n + 1] - cu_seqlens[n], 0), params.tokens);
+    // Whatever stands there must not overflow.
+    const int64_t begin = std::clamp<int64_t>(cu_seqlens[n], 0, params.tokens),
+                  length = std::clamp<int64_t>(cu_seqlens[n + 1], begin, params.tokens) - begin;
     const int64_t chunks = (length + kda::kChunk - 1) / kda::kChunk;
     params.longest = std::max(params.longest, chunks);
     params.chunks += chunks;
