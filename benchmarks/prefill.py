@@ -33,7 +33,7 @@ from workloads import CPU_ROWS, PEER_TOKENS, REGIMES, ROWS, Cell, Row, cells, ma
 
 ERROR_TOKENS = 8192  # longest sequence that is checked against fp64
 ERROR_HEADS = 16  # heads of it, evenly spread: errors are norms over millions of elements either way
-LINEAR_HEADS = 32  # of the rows whose time a token is compared
+GROWTH_HEADS, GROWTH_TOKENS = 32, 8192  # of the rows whose time a token is compared, and tokens at least
 QUICK_ROWS = ("32x512", "32x2048", "32x8192", "32x8x1024")
 
 
@@ -56,7 +56,7 @@ def peer_error(value: float | None) -> float | None:
 def run_cell(cell: Cell, ours, fla, options, cudnn=None) -> dict:
     """Measure one cell and return its row of the record. `fla` and `cudnn` may be None."""
     row, device = cell.row, options.device
-    if row.tokens > PEER_TOKENS:
+    if not row.has_peers:
         fla = cudnn = None
     sets = [make_inputs(cell, device, seed) for seed in range(set_count(row.bytes, device))]
     if row.packed:
@@ -250,39 +250,39 @@ def errors_table(rows: list[dict]) -> str:
 def verdicts(rows: list[dict]) -> list[str]:
     """What the issue asks of every row, and where it does not hold."""
 
-    def collect(title, condition):
-        bad = [label_of(row) for row in rows if condition(row)]
+    def collect(title, key, limit):
+        """Of the rows that have both; one that is not finite is over any limit."""
+        compared = [r for r in rows if r[key] is not None and (r.get(limit) is not None or math.isnan(r[key]))]
+        bad = [label_of(r) for r in compared if r.get(limit) is None or not r[key] <= r[limit]]
         more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
-        return f"{title}: {len(bad)} of {len(rows)}" + (f" ({'; '.join(bad[:6])}{more})" if bad else "")
-
-    def worse(row, key):
-        ours, theirs = row[key], row[f"fla_{key}"]
-        return ours is not None and (math.isnan(ours) or (theirs is not None and ours > theirs))
+        return f"{title}: {len(bad)} of {len(compared)}" + (f" ({'; '.join(bad[:6])}{more})" if bad else "")
 
     found = [
-        collect("slower than FLA", lambda r: r["fla_ms"] is not None and r["ms"] > r["fla_ms"]),
-        collect("slower than FLA in a CUDA graph", lambda r: r["fla_gpu_ms"] is not None and r["ms"] > r["fla_gpu_ms"]),
-        collect("eager slower than FLA", lambda r: r["fla_ms"] is not None and r["eager_ms"] > r["fla_ms"]),
-        collect("over reach", lambda r: r["reach_ms"] is not None and r["ms"] > r["reach_ms"]),
-        collect("output less exact than FLA", lambda r: worse(r, "err_o")),
-        collect("state less exact than FLA", lambda r: worse(r, "err_s")),
+        collect("slower than FLA", "ms", "fla_ms"),
+        collect("slower than FLA in a CUDA graph", "ms", "fla_gpu_ms"),
+        collect("eager slower than FLA", "eager_ms", "fla_ms"),
+        collect("over reach", "ms", "reach_ms"),
+        collect("output less exact than FLA", "err_o", "fla_err_o"),
+        collect("state less exact than FLA", "err_s", "fla_err_s"),
     ]
-    for regime in REGIMES:  # whether the time grows with the tokens alone
-        long = {
-            r["seq_lens"][0]: r["ms"] * 1e3 / r["seq_lens"][0]
-            for r in rows
-            if r["H"] == LINEAR_HEADS and r["gate"] != "given" and r["regime"] == regime and r["seq_lens"][0] >= 8192
-        }
-        if max(long, default=0) > PEER_TOKENS:
-            each = ", ".join(f"{tokens} {us:.4f}" for tokens, us in sorted(long.items()))
-            found.append(
-                f"us a token at H={LINEAR_HEADS} {regime}: {each}; {max(long.values()) / min(long.values()):.2f} apart"
-            )
     if any("cudnn_gpu_ms" in row for row in rows):
-        found.append(
-            collect("slower than cuDNN", lambda r: bool(r.get("cudnn_gpu_ms")) and r["ms"] > r["cudnn_gpu_ms"])
-        )
-    return found
+        found.append(collect("slower than cuDNN", "ms", "cudnn_gpu_ms"))
+    return found + [line for line in (growth(rows, regime) for regime in REGIMES) if line]
+
+
+def growth(rows: list[dict], regime: str) -> str | None:
+    """Whether the time of one sequence grows with its tokens alone, where rows longer than any peer takes are there."""
+    long = [
+        (r["seq_lens"][0], r["ms"] * 1e3 / r["seq_lens"][0])
+        for r in rows
+        if r["H"] == GROWTH_HEADS and r["regime"] == regime and r["gate"] != "given" and len(r["seq_lens"]) == 1
+    ]
+    long = sorted((tokens, us) for tokens, us in long if tokens >= GROWTH_TOKENS)
+    if not long or long[-1][0] <= PEER_TOKENS:
+        return None
+    times = [us for _, us in long]
+    each = ", ".join(f"{tokens} {us:.4f}" for tokens, us in long)
+    return f"us a token at H={GROWTH_HEADS} {regime}: {each}; {max(times) / min(times):.2f} apart"
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -386,7 +386,7 @@ def main(argv=None) -> int:
         done = {label_of(row): row for row in rows}
         say(f"{len(done)} rows are there already")
     left = [cell for cell in plan if cell.label not in done]
-    beside = [cell for cell in left if cell.row.tokens <= PEER_TOKENS]
+    beside = [cell for cell in left if cell.row.has_peers]
     out = options.out or records.RESULTS
 
     def record() -> dict:

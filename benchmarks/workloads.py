@@ -19,6 +19,7 @@ MIX = (1300, 547, 2048, 963, 271, 3063)
 
 REGIMES = ("steep", "slow", "mixed", "kimi")
 SLOW_CHANNELS = range(0, HEAD_DIM, 16)  # the 8 of 128 channels that remember in `mixed`
+PEER_TOKENS = 1 << 18  # rows of more are measured without peers: what FLA keeps would not fit, by our count
 KIMI_ALLOWANCE = 1.15  # the softplus gate may take 15 % longer than the bounded one
 
 
@@ -47,6 +48,10 @@ class Row:
     @property
     def packed(self) -> bool:
         return len(self.seq_lens) > 1
+
+    @property
+    def has_peers(self) -> bool:
+        return self.tokens <= PEER_TOKENS
 
     @property
     def label(self) -> str:
@@ -111,7 +116,6 @@ ROWS = (
     Row(8, (65536,), 0.70, 0.40),
     Row(32, (1 << 20,)),
 )
-PEER_TOKENS = 1 << 18  # in more than this FLA's intermediate results would not fit beside the inputs
 # Rows of the precomputed-gate cells: FLA compiles its kernels anew for every head count, so three shapes stand for all.
 GIVEN_ROWS = ("96x8192", "64x8x1024", "32x8192")
 # Small enough for the PyTorch path on a CPU; used by `--device cpu`.
@@ -153,7 +157,7 @@ def cells(rows=ROWS, regimes=REGIMES, given: str = "subset") -> list[Cell]:
         chosen += [
             Cell(row, "given", regime, g_dtype)
             for row in rows
-            if (given == "all" and row.tokens <= PEER_TOKENS) or row.id in GIVEN_ROWS or row in CPU_ROWS
+            if (given == "all" and row.has_peers) or row.id in GIVEN_ROWS or row in CPU_ROWS
             for g_dtype in ("bf16", "fp32")
             for regime in regimes
         ]

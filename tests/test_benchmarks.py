@@ -333,6 +333,27 @@ def test_verdicts_find_the_bad_rows():
     bad = good | {"ms": 1.0, "eager_ms": 1.0, "err_o": 5e-3, "err_s": float("nan")}
     assert all(line.split(": ")[1].startswith("1 of 1") for line in prefill.verdicts([bad]))
     assert "H=32 [8192] lower_bound slow" in prefill.verdicts([bad])[0]
+    alone = good | {"fla_ms": None, "fla_gpu_ms": None, "fla_err_o": None, "fla_err_s": None, "cudnn_gpu_ms": None}
+    counts = [line.split(": ")[1] for line in prefill.verdicts([alone])]
+    assert counts == ["0 of 0"] * 3 + ["0 of 1"] + ["0 of 0"] * 3  # what was compared, not what was measured
+    assert prefill.verdicts([alone | {"err_o": float("nan")}])[4].startswith("output less exact than FLA: 1 of 1")
+
+
+def test_verdicts_say_how_time_grows():
+    lengths = {8192: 0.25, 32768: 0.9, 1 << 20: 28.0}
+    row = {"H": 32, "HV": 32, "gate": "lower_bound", "regime": "slow", "g_dtype": "bf16", "reach_ms": None}
+    row |= dict.fromkeys(("fla_ms", "fla_gpu_ms", "eager_ms", "err_o", "fla_err_o", "err_s", "fla_err_s"))
+    rows = [row | {"seq_lens": [tokens], "ms": ms} for tokens, ms in lengths.items()]
+    others = [
+        rows[0] | {"H": 64, "HV": 64, "ms": 9.0},
+        rows[0] | {"gate": "given", "ms": 9.0},
+        rows[0] | {"regime": "kimi", "ms": 9.0},
+        rows[0] | {"seq_lens": [8192] * 2, "ms": 9.0},
+        rows[0] | {"seq_lens": [512], "ms": 9.0},
+    ]
+    expected = "us a token at H=32 slow: 8192 0.0305, 32768 0.0275, 1048576 0.0267; 1.14 apart"
+    assert prefill.verdicts(rows + others)[6:] == [expected]
+    assert not prefill.verdicts(rows[:2] + others)[6:]
 
 
 # --- the report
