@@ -21,7 +21,7 @@ import torch
 from console import number, progress, say, table
 from peers import load_fla, load_ours
 from prefill import environment, round_significant
-from timing import Arm, event_ms, measure, measure_cpu, set_count, spread
+from timing import Arm, event_ms, graph_passes, measure, measure_cpu, set_count, spread
 from workloads import HEAD_DIM, LOWER_BOUND
 
 HEADS = 32
@@ -126,7 +126,7 @@ def run_cell(cell: Cell, ours, fla, options, copy: float | None) -> list[dict]:
     for arm in arms:
         arm.run_all()
         if device.type == "cuda":
-            arm.capture()
+            arm.capture(graph_passes(cell.state_bytes, count))
     (measure if device.type == "cuda" else measure_cpu)(arms, options.repeats)
     rows = []
     for arm in arms:

@@ -31,6 +31,7 @@ def chunk_kda(
     allow_neg_eigval: bool = False,
     lower_bound: float | None = None,
     cu_seqlens=None,
+    cu_seqlens_cpu=None,
     A_log=None,
     dt_bias=None,
     output_final_state: bool = True,
@@ -43,7 +44,7 @@ def chunk_kda(
         heads: value heads to evaluate, default all.
         initial_state: `[N, HV, K, V]` or None for zero.
         cu_seqlens: `[N + 1]` with B = 1, or None for B sequences of T tokens.
-        safe_gate, output_final_state: accepted because the kernels' calls carry them; they change nothing here.
+        cu_seqlens_cpu, safe_gate, output_final_state: accepted because the kernels' calls carry them; they change nothing here.
         Everything else as in `flash_kda.chunk_kda`.
 
     Returns:

@@ -16,6 +16,7 @@ import torch
 
 L2_MULTIPLE = 4  # input sets together exceed the L2 this many times
 MAX_SETS = 16
+GRAPH_BYTES = 2 << 30  # what the calls of a graph move, at least: half a millisecond, of which its launch is little
 SAMPLE_MS = 4.0  # a sample repeats its work for about this long
 HOST_CALLS = 20  # few enough that the launch queue never fills and blocks the host
 
@@ -28,6 +29,11 @@ def set_count(row_bytes: int, device: torch.device) -> int:
     return max(1, min(MAX_SETS, -(-L2_MULTIPLE * l2 // row_bytes)))
 
 
+def graph_passes(row_bytes: int, sets: int) -> int:
+    """How often a graph goes over the input sets. One of a single call would measure its own launch, a microsecond, too."""
+    return max(1, min(MAX_SETS // sets, -(-GRAPH_BYTES // (row_bytes * sets))))
+
+
 @dataclass
 class Arm:
     """One implementation under test: `call(**inputs)` over `sets` of inputs. Times are milliseconds a call."""
@@ -36,6 +42,7 @@ class Arm:
     call: Callable
     sets: list[dict]
     graph: torch.cuda.CUDAGraph | None = None
+    graph_calls: int = 0
     gpu_ms: list[float] = field(default_factory=list)
     eager_ms: list[float] = field(default_factory=list)
     call_ms: list[float] = field(default_factory=list)
@@ -44,8 +51,8 @@ class Arm:
         for inputs in self.sets:
             self.call(**inputs)
 
-    def capture(self) -> None:
-        """One pass over the sets as a CUDA graph; raises what the capture raises."""
+    def capture(self, passes: int) -> None:
+        """So many passes over the sets as a CUDA graph; raises what the capture raises."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -53,8 +60,9 @@ class Arm:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.run_all()
-        self.graph = graph
+            for _ in range(passes):
+                self.run_all()
+        self.graph, self.graph_calls = graph, passes * len(self.sets)
 
 
 def event_ms(work: Callable[[], None], passes: int) -> float:
@@ -83,11 +91,12 @@ def measure(arms: list[Arm], repeats: int) -> None:
     """Fill every arm's samples with `repeats` interleaved rounds. Calls must have been warmed up before."""
     plans = []
     for arm in arms:
-        for work, samples in ((arm.graph and arm.graph.replay, arm.gpu_ms), (arm.run_all, arm.eager_ms)):
-            if work is None:
-                continue
+        works = [(arm.run_all, arm.eager_ms, len(arm.sets))]
+        if arm.graph:
+            works.insert(0, (arm.graph.replay, arm.gpu_ms, arm.graph_calls))
+        for work, samples, calls in works:
             once = event_ms(work, 1)
-            plans.append((work, samples, max(1, round(SAMPLE_MS / once)), len(arm.sets)))
+            plans.append((work, samples, max(1, round(SAMPLE_MS / once)), calls))
     # A garbage collection inside a sample is milliseconds of host time that no call caused.
     gc.collect()
     gc.disable()

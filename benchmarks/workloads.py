@@ -27,7 +27,8 @@ KIMI_ALLOWANCE = 1.15  # the softplus gate may take 15 % longer than the bounded
 class Row:
     """One shape: `heads` heads of q, k and `value_heads` of v, g, beta, over sequences of `seq_lens` tokens.
 
-    One sequence runs as a batch of one; several run packed behind `cu_seqlens`, as a serving engine sends them.
+    One sequence runs as a batch of one; several run packed behind `cu_seqlens`, as a serving engine sends them, and with
+    the lengths on the host too, where the engine has made them.
     `reach` and `reach_steep` are the targets in milliseconds on an H200: in every regime, and in the steep one.
     """
 
@@ -235,7 +236,7 @@ def make_inputs(cell: Cell, device, seed: int = 0) -> dict:
         "safe_gate": cell.bounded,
     }
     if row.packed:
-        inputs["cu_seqlens"] = cu_seqlens(row.seq_lens, device)
+        inputs |= {"cu_seqlens": cu_seqlens(row.seq_lens, device), "cu_seqlens_cpu": cu_seqlens(row.seq_lens, "cpu")}
     x, A_log, dt_bias = draw_gate(cell.regime, (*batch_tokens, row.hv, HEAD_DIM), row.hv, generator)
     bound = LOWER_BOUND if cell.bounded else None
     if cell.gate == "given":

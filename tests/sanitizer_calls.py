@@ -153,7 +153,7 @@ if __name__ == "__main__":
     call(1, 3, B=2, N=2, T=65, gate="given", g=torch.float32)
     call(70, 70, T=130)  # one CTA a head
     call(1, 1, T=64 * 66)  # two slabs beside each other
-    call(64, 64, T=690)  # streamed
+    call(48, 48, T=1100)  # streamed, with spare groups
     call(70, 70, B=2, N=2, T=200)  # chains shared by two CTAs
     lengths = torch.tensor([600, *[1] * 7], device="cuda")  # too unequal for the fused kernel
     call(32, 32, T=607, N=8, cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int())

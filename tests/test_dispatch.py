@@ -163,8 +163,8 @@ def test_the_ops_refuse_before_they_write(kernel):
     def inplace(flags, state):
         return flags | (kernel.prefill.INPLACE_FINAL_STATE if state is not None else 0)
 
-    def prefill(*tensors, scale=None, lower_bound=-5.0, flags=gate, state=None, cu=None):
-        return kernel._ops.ops.prefill_new(*tensors, state, cu, None, scale, lower_bound, inplace(flags, state))
+    def prefill(*tensors, scale=None, lower_bound=-5.0, flags=gate, state=None, cu=None, cpu=None):
+        return kernel._ops.ops.prefill_new(*tensors, state, cu, cpu, None, scale, lower_bound, inplace(flags, state))
 
     def decode(*tensors, scale=None, lower_bound=-5.0, flags=gate, state=None, cu=None):
         return kernel._ops.ops.decode_new(
@@ -189,6 +189,13 @@ def test_the_ops_refuse_before_they_write(kernel):
             with pytest.raises(RuntimeError):
                 op(*tensors[:n], x.double(), *tensors[n + 1 :], state=state)
             assert not state.any()
+    cu = torch.tensor([0, 2], device="cuda")
+    for wrong in (cu, cu.cpu().double(), cu.cpu()[:1], torch.tensor([[0, 2]]), torch.tensor([0, 1, 1, 2])[::3]):
+        with pytest.raises(RuntimeError, match="cu_seqlens_cpu"):
+            prefill(*tensors, state=state, cu=cu, cpu=wrong)
+        assert not state.any()
+    with pytest.raises(RuntimeError, match="cu_seqlens_cpu"):
+        prefill(*tensors, state=state, cpu=cu.cpu())
     with pytest.raises(RuntimeError, match="no tokens"):
         prefill(*(x[:, :0] for x in tensors[:5]), *tensors[5:])
     assert not state.any()

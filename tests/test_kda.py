@@ -98,6 +98,7 @@ STREAMED = [
     dict(B=1, T=1025, H=13, HV=65),
     dict(B=2, T=1500, H=10, HV=40),
     dict(B=1, T=2048, H=32, HV=32),
+    dict(B=1, T=1300, H=48, HV=48),  # with spare groups of producers
 ]
 
 
@@ -287,6 +288,23 @@ def test_lengths_choose_the_schedule(kernel, dtype):
     args["cu_seqlens"] = args["cu_seqlens"].to(dtype)
     args["initial_state"] = make_state(KERNEL, args)
     check(kernel, KERNEL, args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[256] * 12, [3000, 100, 0, 17], [1] * 40], ids=["equal", "one-long", "short"])
+@pytest.mark.parametrize("H", [4, 32])
+def test_lengths_on_the_host_choose_no_more_than_the_schedule(kernel, monkeypatch, H, lengths):
+    """The same bits with them, without them, and with others that are not those of the device."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    args = make(KERNEL, H=H, lengths=lengths)
+    args["initial_state"] = make_state(KERNEL, args)
+    expected = kernel.chunk_kda(**args)
+    cu = args["cu_seqlens"].cpu()
+    long = torch.full_like(cu, int(cu[-1]))
+    long[0] = 0
+    for host in (cu, cu.int(), long, torch.zeros_like(cu), cu.flip(0), cu * 2**40):
+        for x, y in zip(kernel.chunk_kda(**args, cu_seqlens_cpu=host), expected):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(
@@ -584,8 +602,8 @@ def test_the_short_way_to_the_kernel_is_the_checked_one(kernel, monkeypatch, gat
     monkeypatch.setenv("FLASH_KDA_STRICT", "1")
     attempt, taken = kernel.prefill.attempt, []
 
-    def watched(*args):
-        result = attempt(*args)
+    def watched(*args, **kwargs):
+        result = attempt(*args, **kwargs)
         taken.append(result is not None)
         return result
 
@@ -596,6 +614,14 @@ def test_the_short_way_to_the_kernel_is_the_checked_one(kernel, monkeypatch, gat
         (True, args),
         (True, {**args, "initial_state": state, "scale": 0.5, "state_v_first": True}),
         (True, {**args, "cu_seqlens": lengths_to_cu([30, 0, 100], "cuda"), "output_final_state": False}),
+        (
+            True,
+            {
+                **args,
+                "cu_seqlens": lengths_to_cu([30, 0, 100], "cuda"),
+                "cu_seqlens_cpu": lengths_to_cu([30, 0, 100], "cpu"),
+            },
+        ),
         (False, {**args, "scale": 1}),
         (False, {**args, "beta": args["beta"].double()}),
         (False, {**args, **{n: args[n][:, :0] for n in ("q", "k", "v", "g", "beta")}}),
@@ -604,7 +630,7 @@ def test_the_short_way_to_the_kernel_is_the_checked_one(kernel, monkeypatch, gat
         o, final = kernel.chunk_kda(**call)
         assert taken.pop() == short and not taken
         with monkeypatch.context() as without:
-            without.setattr(kernel.prefill, "attempt", lambda *_: None)
+            without.setattr(kernel.prefill, "attempt", lambda *_, **__: None)
             expected_o, expected = kernel.chunk_kda(**call)
         assert torch.equal(o, expected_o)
         assert final is None and expected is None or torch.equal(final, expected)

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_kda import CUT, SHARED, STREAMED
 
@@ -22,12 +22,12 @@ ASK = r"""
 #include <cstdio>
 #include <utility>
 #include "schedule.h"
-int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpoints workspace_bytes sms
-  long long tokens, workspace;
+int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpoints workspace_bytes sms longest chunks
+  long long tokens, workspace, longest, chunks;
   int batch, num_seqs, heads, packed, checkpoints, sms;
-  while (std::scanf("%lld %d %d %d %d %d %lld %d", &tokens, &batch, &num_seqs, &heads, &packed, &checkpoints, &workspace,
-                    &sms) == 8) {
-    kda::CallShape const call = {tokens, batch, num_seqs, heads, packed != 0, checkpoints != 0};
+  while (std::scanf("%lld %d %d %d %d %d %lld %d %lld %lld", &tokens, &batch, &num_seqs, &heads, &packed, &checkpoints,
+                    &workspace, &sms, &longest, &chunks) == 10) {
+    kda::CallShape const call = {tokens, batch, num_seqs, heads, packed != 0, checkpoints != 0, longest, chunks};
     kda::Schedules const s = kda::choose_schedules(call, sms);
     long long const size = kda::workspace_size(call);
     kda::Slabs const slabs = kda::make_slabs(call, workspace > 0 ? workspace : size, sms);
@@ -72,11 +72,25 @@ def compiled(tmp_path_factory):
 def ask(compiled):
     for answer in compiled("ask", ASK):
 
-        def of(heads, lengths=None, *, tokens=None, batch=1, sequences=None, checkpoints=False, workspace=0, sms=SMS):
+        def of(
+            heads,
+            lengths=None,
+            *,
+            tokens=None,
+            batch=1,
+            sequences=None,
+            checkpoints=False,
+            workspace=0,
+            sms=SMS,
+            known=False,
+        ):
             packed = lengths is not None and len(lengths) > 1 or sequences is not None
             tokens = sum(lengths) if tokens is None else tokens
             sequences = sequences if sequences is not None else len(lengths) if lengths is not None else batch
-            return answer(f"{tokens} {batch} {sequences} {heads} {packed:d} {checkpoints:d} {workspace} {sms}")
+            each = [-(-length // 64) for length in lengths] if known else [0]
+            return answer(
+                f"{tokens} {batch} {sequences} {heads} {packed:d} {checkpoints:d} {workspace} {sms} {max(each)} {sum(each)}"
+            )
 
         yield of
 
@@ -113,7 +127,26 @@ def test_the_choice_for_the_benchmarks_shapes(ask, heads, lengths, launched):
     assert " ".join(name for name in ("fused", "split", "walkers") if answer[name]) == launched
 
 
-@pytest.mark.parametrize("sizes", [*STREAMED, dict(B=4, T=1300, HV=21), dict(B=1, T=690, HV=64)], ids=str)
+@pytest.mark.parametrize(
+    "heads, lengths, launched",
+    [
+        (32, [1024] * 8, "fused"),
+        (32, [256] * 32, "fused"),
+        (32, [1024] * 64, "fused"),
+        (32, [8000] + [24] * 8, "walkers"),
+        (64, MIX, "fused"),
+        (96, [30000] + [16] * 8, "walkers"),
+        (16, [6000] + [100] * 20, "walkers"),
+        (8, [4096] * 2, "split"),
+        (8, [4] * 1000, "fused"),
+    ],
+)
+def test_lengths_that_the_host_knows_need_one_schedule(ask, heads, lengths, launched):
+    answer = ask(heads, lengths, known=True)
+    assert " ".join(name for name in ("fused", "split", "walkers") if answer[name]) == launched
+
+
+@pytest.mark.parametrize("sizes", [*STREAMED, dict(B=4, T=1300, HV=21), dict(B=1, T=1100, HV=48)], ids=str)
 def test_what_the_tests_of_the_streamed_schedule_call(ask, sizes):
     answer = ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"])
     assert answer["walkers"] and not answer["fused"] and not answer["split"]
@@ -296,3 +329,57 @@ def test_shared_chains_are_dealt_evenly(deal, ctas, more, chunks):
                 assert turn == 0 and begin == 0 and portions[cta + 1][-1] == [chain, end, chunks]
             if begin > 0:
                 assert turn == len(portion) - 1
+
+
+SHARES = r"""
+#include <cstdio>
+#include <utility>
+#include "schedule.h"
+int main() {  // walkers heads sms steps: of each group the walkers and steps whose records it makes, in its order
+  int walkers, heads, sms, steps;
+  while (std::scanf("%d %d %d %d", &walkers, &heads, &sms, &steps) == 4) {
+    kda::Teams const teams(walkers, heads, sms);
+    char const* before_group = "[";
+    for (int group = 0; group < kda::kGroupsAnSm * (sms - walkers); ++group) {
+      kda::Share const share = kda::deal_share(group, walkers, teams);
+      std::printf("%s[", std::exchange(before_group, ", "));
+      char const* before = "";
+      if (share.first >= 0)
+        for (kda::Share::Turn turn = share.begin(); turn.step < steps; turn = share.next(turn))
+          std::printf("%s[%d, %d]", std::exchange(before, ", "), turn.walker, turn.step);
+      std::printf("]");
+    }
+    std::printf("]\n");
+    std::fflush(stdout);
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def shares(compiled):
+    yield from compiled("shares", SHARES)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    walkers=st.integers(1, 64),
+    times=st.integers(1, 3),
+    more=st.integers(0, 1),
+    sms=st.sampled_from([7, 78, 114, SMS]),
+    steps=st.integers(0, 150),
+)
+def test_each_record_is_made_once(shares, walkers, times, more, sms, steps):
+    assume(2 * (sms - walkers) >= walkers)
+    groups = shares(f"{walkers} {walkers * times + more} {sms} {steps}")
+    made = sorted(tuple(record) for group in groups for record in group)
+    assert made == [(walker, step) for walker in range(walkers) for step in range(steps)]
+    for group in groups:  # in the order of the steps, so that no two wait for each other
+        assert all(a < b for (_, a), (_, b) in zip(group, group[1:]))
+
+
+@pytest.mark.parametrize("walkers, groups_at_work", [(32, 192), (48, 168), (33, 198)])
+def test_groups_have_equal_shares(shares, walkers, groups_at_work):
+    made = [len(group) for group in shares(f"{walkers} {walkers} {SMS} 1000") if group]
+    assert len(made) == groups_at_work
+    assert max(made) - min(made) <= 4

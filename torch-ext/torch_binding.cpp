@@ -330,6 +330,30 @@ void set_prefill_out(kda::PrefillParams& params, const Sizes& sizes, const Arg& 
   params.out_stride_head = rows.stride_head;
 }
 
+// What the host knows of packed sequences. It decides how fast the call is, never what it computes or where.
+template <class Index>
+void set_lengths(kda::PrefillParams& params, const Index* cu_seqlens, int64_t N) {
+  for (int64_t n = 0; n < N; ++n) {
+    // Whatever stands there must not overflow.
+    const int64_t begin = std::clamp<int64_t>(cu_seqlens[n], 0, params.tokens),
+                  length = std::clamp<int64_t>(cu_seqlens[n + 1], begin, params.tokens) - begin;
+    const int64_t chunks = (length + kda::kChunk - 1) / kda::kChunk;
+    params.longest = std::max(params.longest, chunks);
+    params.chunks += chunks;
+  }
+}
+void set_lengths(kda::PrefillParams& params, const Sizes& sizes, const Tensor& cu_seqlens_cpu) {
+  const Arg arg(cu_seqlens_cpu, "cu_seqlens_cpu");
+  STD_TORCH_CHECK(params.cu_seqlens != nullptr, "prefill: cu_seqlens_cpu needs cu_seqlens");
+  STD_TORCH_CHECK(arg.device_type == aoti_torch_device_type_cpu(), "cu_seqlens_cpu must be on the CPU");
+  STD_TORCH_CHECK(arg.is_index() && arg.is_contiguous(), "cu_seqlens_cpu must be contiguous, int32 or int64");
+  check_shape(arg, {sizes.N + 1});
+  if (arg.is_int64())
+    set_lengths(params, static_cast<const int64_t*>(arg.data), sizes.N);
+  else
+    set_lengths(params, static_cast<const int32_t*>(arg.data), sizes.N);
+}
+
 // States in `slots` are those of a pool; others are one a sequence.
 kda::StateView prefill_states(const Arg& arg, const Sizes& sizes, bool in_slots) {
   const kda::StateView view = states(arg, sizes.device, 1, sizes.HV);
@@ -453,11 +477,13 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> prefill_new(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
     const std::optional<Tensor>& A_log, const std::optional<Tensor>& dt_bias,
     const std::optional<Tensor>& initial_state, const std::optional<Tensor>& cu_seqlens,
-    const std::optional<Tensor>& out, std::optional<double> scale, std::optional<double> lower_bound, int64_t flags) {
+    const std::optional<Tensor>& cu_seqlens_cpu, const std::optional<Tensor>& out, std::optional<double> scale,
+    std::optional<double> lower_bound, int64_t flags) {
   constexpr int64_t D = kda::kHeadDim;
   kda::PrefillParams params;
   const Sizes sizes = set_prefill_inputs(params, {"prefill", q, k, v, g, beta, A_log, dt_bias, cu_seqlens},
                                          {scale, lower_bound, flags});
+  if (cu_seqlens_cpu) set_lengths(params, sizes, *cu_seqlens_cpu);
   const bool inplace = flags & kInplaceFinalState;
   STD_TORCH_CHECK(initial_state || !inplace, "prefill: inplace_final_state needs initial_state");
   if (initial_state) {
@@ -639,8 +665,8 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
       "bool batch_invariant=False) -> ()");
   ops.def(
       "prefill_new(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
-      "Tensor(a!)? initial_state, Tensor? cu_seqlens, Tensor(b!)? out, float? scale, float? lower_bound, int flags) "
-      "-> (Tensor?, Tensor?)");
+      "Tensor(a!)? initial_state, Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, Tensor(b!)? out, float? scale, "
+      "float? lower_bound, int flags) -> (Tensor?, Tensor?)");
   ops.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, "
       "Tensor(a!)? initial_state, Tensor? cu_seqlens, Tensor? ssm_state_indices, Tensor? num_accepted_tokens, "

@@ -24,14 +24,14 @@ void prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k, con
 
 // The same for a call without pools and checkpoints, with a workspace and results of its own, as far as they are wanted: it
 // returns `out`, absent where the caller brings one, and `final_state`. Refuses what it cannot serve before anything is
-// written.
+// written. `cu_seqlens_cpu`, the same on the host, chooses the schedule and no more.
 std::tuple<std::optional<torch::stable::Tensor>, std::optional<torch::stable::Tensor>> prefill_new(
     const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
     const torch::stable::Tensor& g, const torch::stable::Tensor& beta,
     const std::optional<torch::stable::Tensor>& A_log, const std::optional<torch::stable::Tensor>& dt_bias,
     const std::optional<torch::stable::Tensor>& initial_state, const std::optional<torch::stable::Tensor>& cu_seqlens,
-    const std::optional<torch::stable::Tensor>& out, std::optional<double> scale, std::optional<double> lower_bound,
-    int64_t flags);
+    const std::optional<torch::stable::Tensor>& cu_seqlens_cpu, const std::optional<torch::stable::Tensor>& out,
+    std::optional<double> scale, std::optional<double> lower_bound, int64_t flags);
 
 // Bytes of workspace that `prefill` asks for; flash_kda.prefill.workspace_size computes the same in Python.
 int64_t prefill_workspace_size(int64_t tokens_per_batch, int64_t batch, int64_t num_seqs, int64_t value_heads,

@@ -40,6 +40,7 @@ struct FusedParams {
   ValueParams values;
   int* taken;        // where to say whether this kernel does the call; null where the host has decided that it does
   int sms, walkers;  // of the streamed schedule, which does it otherwise; no walkers: the split one does
+  float walker_step;
   RingFlags* flags;  // which that one wants to find empty
   int* dealt;        // how many chains are dealt, cleared before; null where all have one length
   Cut cut;
@@ -163,7 +164,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       wait_for_previous_kernel();
       pays = p.forgotten.holds(threadIdx.x, kFusedThreads);
     } else {
-      pays = Choice::fused_pays(smem.longest, smem.chunks, sequences.num_seqs, value_heads, p.walkers, p.sms);
+      pays = Choice::fused_pays(smem.longest, smem.chunks, sequences.num_seqs, value_heads, p.walkers, p.walker_step,
+                                p.sms);
     }
     if (blockIdx.x == 0) {
       if (threadIdx.x == 0) *p.taken = pays;

@@ -100,9 +100,10 @@ struct PrefillParams {
   float lower_bound = 0.f;
   Gate gate = Gate::kGiven;
   bool qk_l2norm = false;
-  bool beta_sigmoid = false;      // beta holds logits
-  bool allow_neg_eigval = false;  // 2 * sigmoid
-  bool batch_invariant = false;   // a sequence's bits depend on nothing beside it
+  bool beta_sigmoid = false;        // beta holds logits
+  bool allow_neg_eigval = false;    // 2 * sigmoid
+  bool batch_invariant = false;     // a sequence's bits depend on nothing beside it
+  int64_t longest = 0, chunks = 0;  // as in CallShape
 
   void* workspace = nullptr;  // 256-byte aligned
   int64_t workspace_bytes = 0;
@@ -117,7 +118,8 @@ int64_t prefill_workspace_needed(int64_t tokens_per_batch, int batch, int num_se
                                  bool checkpoints, int sms);
 
 inline CallShape call_shape(const PrefillParams& p) {
-  return {p.tokens, p.batch, p.num_seqs, p.value_heads, p.cu_seqlens != nullptr, p.checkpoints.states.data != nullptr};
+  return {p.tokens,  p.batch, p.num_seqs, p.value_heads, p.cu_seqlens != nullptr, p.checkpoints.states.data != nullptr,
+          p.longest, p.chunks};
 }
 
 // Launches the prefill on `stream`, by the schedules of its shape. Returns the first CUDA error of the launches.

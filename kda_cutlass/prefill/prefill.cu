@@ -278,8 +278,18 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
                                        : cudaMemsetAsync(clear.words, 0, clear.count * sizeof(int), stream);
       if (error != cudaSuccess) return error;
     }
-    FusedParams const params = {chunk,      values, taken, sms,       walkers,
-                                ring_flags, dealt,  cut,   forgotten, {handed_over, reinterpret_cast<float*>(carries)}};
+    float const walker_step = walkers > 0 ? Choice::walker_step(p.value_heads, walkers, sms) : 0.f;
+    FusedParams const params = {chunk,
+                                values,
+                                taken,
+                                sms,
+                                walkers,
+                                walker_step,
+                                ring_flags,
+                                dealt,
+                                cut,
+                                forgotten,
+                                {handed_over, reinterpret_cast<float*>(carries)}};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
       auto constexpr kGate = decltype(gate)::value;
       auto constexpr kFp32 = decltype(fp32)::value;
@@ -292,8 +302,11 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
   }
 
   if (walkers > 0) {
-    StreamParams const params = {
-        taken, chunk, values, {reinterpret_cast<Record*>(records), ring_flags, walkers, slots}};
+    StreamParams const params = {taken,
+                                 chunk,
+                                 values,
+                                 {reinterpret_cast<Record*>(records), ring_flags, walkers, slots},
+                                 {walkers, p.value_heads, sms}};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
       return launch_stream<decltype(gate)::value, decltype(fp32)::value>(params, sms, stream);
     });

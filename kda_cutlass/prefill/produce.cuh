@@ -35,20 +35,16 @@ static_assert(sizeof(SolveScratch) <= 2 * kPanelBytes &&
               offsetof(FactorScratch, run) >=
                   offsetof(ProducerSmem, raw_gate) + 2 * kPanelBytes - offsetof(ProducerSmem, factor_scratch));
 
-// Which of a walker's steps a group makes: from `first` on every `stride`-th.
-struct Share {
-  int walker, first, stride;
-};
-
-// Where the chunk of a walker's step lies, from step to step.
+// Where the chunk of a walker's step lies, from step to step: of the share's first walker. Others that it goes to have the
+// same sequences.
 struct StepPlace {
-  int chain;
+  int chain, head;
   int64_t left;   // the chain's tokens from `at` on
   ChunkPlace at;  // without tokens: there are no more steps
 
   // Before the first advance(), which is by 0.
   __device__ __forceinline__ StepPlace(Deal const& deal, Share const& share)
-      : chain(share.walker - deal.walkers), left(-int64_t(share.first) * kChunk), at{} {}
+      : chain(share.walker - deal.walkers), head(0), left(-int64_t(share.first) * kChunk), at{} {}
 
   __device__ __forceinline__ void advance(Deal const& deal, int steps) {
     at.first_token += int64_t(steps) * kChunk, left -= int64_t(steps) * kChunk;
@@ -56,30 +52,31 @@ struct StepPlace {
     while (left <= 0 && (chain += deal.walkers) < deal.chains) {  // the step lies behind the chain's end
       int const seq = deal.sequence(chain);
       int64_t const length = deal.length(chain), skipped = -left / kChunk * kChunk;
-      at = {deal.sequences.first_token(seq) + skipped, 0, deal.sequences.batch(seq), deal.head(chain)};
+      head = deal.head(chain);
+      at = {deal.sequences.first_token(seq) + skipped, 0, deal.sequences.batch(seq), head};
       left = length - skipped;
     }
     at.tokens = static_cast<int>(max(min(left, int64_t(kChunk)), int64_t(0)));
   }
 };
 
-// Until the thread's bulk stores, all but the last kLast of them, are written, not only read.
-template <int kLast>
-__device__ __forceinline__ void wait_stored() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLast) : "memory");
-}
+// Until the thread's bulk stores are written, not only read.
+__device__ __forceinline__ void wait_stored() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // By a group of eight warps, which share the named barriers `barrier`, `barrier` + 2 and `barrier` + 4. smem's barriers
-// are ready.
+// are ready. The SM's second group lets the first one make its first factors alone, so that a walker has something to
+// start with early, and the two do different things from then on. `second_starts` tells it.
 template <Gate kGate, bool kFp32Gate>
 __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, Ring const& ring, ProducerSmem& smem,
-                                        Share const& share, int barrier, int warp, int lane) {
+                                        Share const& share, uint64_t* second_starts, bool second, int warp, int lane) {
+  int const barrier = second ? 2 : 1;
   FactorPanels const panels = {smem.raw_gate[0], smem.panels[0], smem.panels[2], smem.panels[4]};
   SolvePanels const solved = {smem.solved[0], smem.solved[1]};
-  bool const leads = warp == kBlocks + 1 && lane == 0;  // a warp with less to do
+  bool const leads = warp == kBlocks && lane == 0;  // of the warps that are done with their factors first
   StepPlace next(deal, share);
-  auto const find_next = [&](int steps) {
+  auto const find_next = [&](int steps, int walker) {
     next.advance(deal, steps);
+    next.at.head = next.head + walker - share.walker;
     smem.place = next.at;
   };
   auto const request_gate = [&] {
@@ -94,20 +91,18 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
     request_keys(p, next.at, &smem.keys_loaded, panels);
   };
   if (leads) {
-    find_next(0);
+    find_next(0, share.walker);
     request_gate();
     request_rest();
   }
-  int untold = -1;  // the step whose record has left without its walker's knowing
-  int taken = 0;    // records that the walker has taken, at least
-  auto const tell_made = [&](auto stores_since) {
-    if (untold < 0) return;
-    wait_stored<decltype(stores_since)::value>();
-    ring.tell_made(share.walker, untold);
-    untold = -1;
+  Share::Turn untold = {0, -1, 0};  // whose record has left without the walker's knowing; no step: none
+  int taken = 0;                    // records that the walker has taken, at least
+  auto const tell_made = [&] {
+    if (untold.step < 0) return;
+    wait_stored();
+    ring.tell_made(untold.walker, untold.step);
+    untold.step = -1;
   };
-  std::integral_constant<int, 0> constexpr kNone;
-  std::integral_constant<int, 1> constexpr kOne;
   RawBeta beta;  // of the next step, of the warps that scale k
   auto const load_beta = [&] {
     if (warp >= kBlocks) {
@@ -117,9 +112,14 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
   };
   TransactionBarrier::wait(&smem.gate_loaded, 0);
   load_beta();
+  auto const let_second_start = [&] {
+    if (leads && !second) EmptyBarrier::arrive(second_starts);
+  };
+  if (smem.place.tokens == 0) let_second_start();
+  if (second) EmptyBarrier::wait(second_starts, 0);
   int phase = 0;
 #pragma unroll 1
-  for (int step = share.first;; step += share.stride, phase ^= 1) {
+  for (Share::Turn turn = share.begin();; turn = share.next(turn), phase ^= 1) {
     TransactionBarrier::wait(&smem.gate_loaded, phase);
     ChunkPlace const at = smem.place;
     if (at.tokens == 0) break;
@@ -133,14 +133,15 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
         },
         [&] { EmptyBarrier::wait(&smem.stored, phase ^ 1); },
         [&](int token, bool) { return read_scales(smem.factor_scratch, token); });
+    if (leads) tell_made();  // its warp would wait for the others here
+    __syncwarp();
     cutlass::arch::fence_view_async_shared();
     sync_chunk_warps(barrier);
-    Record& record = ring.records[ring.slot(share.walker, step)];
+    if (turn.step == share.first) let_second_start();
+    Record& record = ring.records[ring.slot(turn.walker, turn.step)];
     if (leads) {  // the operands leave at once
-      if (!ring.is_free(taken, share.walker, step)) {
-        tell_made(kNone);
-        while (!ring.is_free(taken, share.walker, step)) __nanosleep(40);
-      }
+      if (share.moves) taken = 0;
+      while (!ring.is_free(taken, turn.walker, turn.step)) __nanosleep(40);
       static_assert(offsetof(Record, t) == sizeof(ProducerSmem::panels) &&
                     offsetof(Record, a_qk) == offsetof(Record, t) + kPanelBytes);
       cute::SM90_BULK_COPY_S2G::copy(smem.panels, record.k_decayed, sizeof(smem.panels));
@@ -159,13 +160,13 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
     sync_chunk_warps(barrier);
     solve(solved, smem.solve_scratch, below, role, barrier, lane, [&] {
       if (leads) {
-        find_next(share.stride);
+        Share::Turn const later = share.next(turn);
+        find_next(later.step - turn.step, later.walker);
         if constexpr (!kFp32Gate) {
           request_gate();
           cute::tma_store_wait<0>();  // the operands are read
           request_rest();
         }
-        tell_made(kOne);
       }
       __syncwarp();
     });
@@ -175,7 +176,7 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
     if (leads) {
       cute::SM90_BULK_COPY_S2G::copy(smem.solved, record.t, 2 * kPanelBytes);
       cute::tma_store_arrive();
-      untold = step;
+      untold = turn;
       cute::tma_store_wait<0>();
       EmptyBarrier::arrive(&smem.stored);
       if constexpr (kFp32Gate) {  // whose gate takes the place of more than is free earlier
@@ -185,7 +186,7 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
     }
     __syncwarp();
   }
-  if (leads) tell_made(kNone);
+  if (leads) tell_made();
 }
 
 }  // namespace kda

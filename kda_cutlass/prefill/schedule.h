@@ -29,6 +29,8 @@ struct CallShape {
   int batch, num_seqs, value_heads;
   bool packed;       // with cu_seqlens
   bool checkpoints;  // states inside sequences are wanted
+  // Of packed sequences whose lengths the host knows, in chunks of one head: the longest, and all. Else 0.
+  int64_t longest = 0, chunks = 0;
 
   bool one_length() const { return !packed || num_seqs == 1; }
   int64_t chains() const { return int64_t(num_seqs) * value_heads; }
@@ -50,24 +52,60 @@ constexpr int kMostWalkers = 64;
 constexpr int kRingRecords = 512;   // of all walkers; what the L2 holds beside the inputs
 constexpr int kLeastRingSlots = 8;  // of a walker
 constexpr int kGroupsAnSm = 2;      // of producers
+constexpr int kLeastSpare = 10;     // spare groups are to add one part in so many
 constexpr int kMostPlaces = 256;    // SMs of which it matters which of them walk
 static_assert(kMostWalkers * kLeastRingSlots <= kRingRecords);
 
-// Groups that make one walker's records.
-KDA_HOST_DEVICE int walkers_team(int walkers, int sms) { return kGroupsAnSm * (sms - walkers) / walkers; }
+// The groups of producers: each walker has a team of them, which make its records in turn. Those that are left over make
+// some for several walkers each, in turn too, where all walkers have the same sequences and it is worth the trouble.
+struct Teams {
+  int team, spare;  // groups of a walker, groups left over that have work
+
+  inline Teams(int walkers, int heads, int sms)
+      : team(kGroupsAnSm * (sms - walkers) / walkers), spare(kGroupsAnSm * (sms - walkers) - team * walkers) {
+    while (spare > 0 && walkers % spare != 0) --spare;
+    if (heads % walkers != 0 || kLeastSpare * spare < team * walkers) spare = 0;
+  }
+  inline float groups(int walkers) const { return team + float(spare) / walkers; }  // of a walker
+};
+
+// Which of the walkers' steps a group makes, one after another. A spare group goes round `cycle` neighbouring walkers and
+// makes the step behind that of the whole team, with each walker one round of the team later; the team leaves it out.
+struct Share {
+  int walker, first;  // of its first record; first < 0: it has none
+  int stride;         // steps from one record to the next
+  int cycle, longer;  // of `cycle` strides the one numbered `longer` is a step longer
+  bool moves;         // with each stride to the next walker, and back with the last of a cycle
+
+  struct Turn {
+    int walker, step, number;
+  };
+  KDA_HOST_DEVICE Turn begin() const { return {walker, first, 0}; }
+  KDA_HOST_DEVICE Turn next(Turn const& turn) const {
+    int const number = turn.number + 1 == cycle ? 0 : turn.number + 1;
+    return {moves ? walker + number : walker, turn.step + stride + (turn.number == longer ? 1 : 0), number};
+  }
+};
+KDA_HOST_DEVICE Share deal_share(int group, int walkers, Teams const& teams) {
+  int const cycle = teams.spare > 0 ? walkers / teams.spare : 1, spare = group - teams.team * walkers;
+  if (spare >= teams.spare) return {0, -1, 0, 1, -1, false};
+  if (spare >= 0) return {spare * cycle, teams.team, teams.team, cycle, cycle - 1, true};
+  int const walker = group % walkers;
+  return {walker, group / walkers, teams.team, cycle, teams.spare > 0 ? walker % cycle : -1, false};
+}
 
 // Costs measured on an H200, in microseconds (docs/kernel-notes.md). `longest` of the sequences and `chunks` of all of
 // them are counted in chunks of one head.
 struct Choice {
-  static constexpr float kFusedChunk = 6.1f;   // of a chain in the fused kernel, one chain an SM
+  static constexpr float kFusedChunk = 5.8f;   // of a chain in the fused kernel, one chain an SM
   static constexpr float kFusedChain = .5f;    // of a chain beside its chunks, in chunks
   static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card
   static constexpr float kSplitStep = 1.f;     // of a chain in the recurrence
   static constexpr float kProve = 20.f;        // of finding out whether chains may be cut, and of the start
-  static constexpr float kProveStream = 35.f;  // the same before the streamed schedule
-  static constexpr float kStreamStep = 1.7f;   // of a chain in a walker of the streamed schedule
-  static constexpr float kStreamMake = 10.f;   // of a record in one of its groups of producers
-  static constexpr float kStreamStart = 22.f;  // more than the other two need before they are at work
+  static constexpr float kProveStream = 30.f;  // the same before the streamed schedule
+  static constexpr float kStreamStep = 1.62f;  // of a chain in a walker of the streamed schedule
+  static constexpr float kStreamMake = 9.f;    // of a record in one of its groups of producers
+  static constexpr float kStreamStart = 26.f;  // more than the other two need before they are at work
 
   static KDA_HOST_DEVICE float fused(int64_t longest, int64_t chunks, int num_seqs, int heads, int sms) {
     int64_t const chains = int64_t(num_seqs) * heads;
@@ -78,21 +116,20 @@ struct Choice {
     float const work = kSplitChunk * heads * chunks, chain = kSplitStep * longest;
     return work > chain ? work : chain;
   }
-  // `steps` of the walker that has most.
-  static KDA_HOST_DEVICE float stream(float steps, int walkers, int sms) {
-    float const make = kStreamMake / walkers_team(walkers, sms);
-    return kStreamStart + steps * (make > kStreamStep ? make : kStreamStep);
+  static inline float walker_step(int heads, int walkers, int sms) {
+    return std::max(kStreamStep, kStreamMake / Teams(walkers, heads, sms).groups(walkers));
   }
+  // `steps` of the walker that has most, `step` as above.
+  static KDA_HOST_DEVICE float stream(float steps, float step) { return kStreamStart + steps * step; }
   // Steps where `walkers` is a multiple of `heads` or divides it, and all sequences of a head go to as many of them.
   static KDA_HOST_DEVICE float packed_steps(int64_t longest, int64_t chunks, int heads, int walkers) {
     if (walkers <= heads) return float(heads / walkers) * chunks;
     return longest + float(chunks - longest) * heads / walkers;
   }
   static KDA_HOST_DEVICE bool fused_pays(int64_t longest, int64_t chunks, int num_seqs, int heads, int walkers,
-                                         int sms) {
+                                         float step, int sms) {
     return fused(longest, chunks, num_seqs, heads, sms) <
-           (walkers > 0 ? stream(packed_steps(longest, chunks, heads, walkers), walkers, sms)
-                        : split(longest, chunks, heads));
+           (walkers > 0 ? stream(packed_steps(longest, chunks, heads, walkers), step) : split(longest, chunks, heads));
   }
 };
 
@@ -103,23 +140,24 @@ inline int64_t slot_count(CallShape const& call) {
 
 // CTAs that walk chains, of all `sms`, and what the call costs with them, were its sequences of `each` chunks.
 struct Walkers {
-  int count;  // 0: the streamed schedule can't do it
-  float cost;
+  int count = 0;  // 0: the streamed schedule can't do it
+  float step = 0.f, cost = 0.f;
 };
 inline Walkers choose_walkers(CallShape const& call, int64_t each, int sms) {
   int64_t const chains = call.chains(), chunks = each * call.num_seqs;
   int64_t const records = slot_count(call) * call.value_heads;
-  Walkers best = {0, 0.f};
+  Walkers best;
   for (int count = 1; count <= std::min<int64_t>(chains, kMostWalkers); ++count) {
-    if (walkers_team(count, sms) < 1 || count * kLeastRingSlots > records) break;
+    if (Teams(count, call.value_heads, sms).team < 1 || count * kLeastRingSlots > records) break;
     // Chains are dealt in turn. Whatever the lengths are, these have equal shares or several sequences each:
     bool const dealt_by_heads = call.value_heads % count == 0 || count % call.value_heads == 0;
     if (!call.one_length() && !dealt_by_heads) continue;
     // One sequence may hold more than the others: half of all.
     float const steps = call.one_length() ? float((chains + count - 1) / count) * each
+                        : call.chunks > 0 ? Choice::packed_steps(call.longest, call.chunks, call.value_heads, count)
                                           : Choice::packed_steps((chunks + 1) / 2, chunks, call.value_heads, count);
-    float const cost = Choice::stream(steps, count, sms);
-    if (best.count == 0 || cost < best.cost) best = {count, cost};
+    float const step = Choice::walker_step(call.value_heads, count, sms), cost = Choice::stream(steps, step);
+    if (best.count == 0 || cost < best.cost) best = {count, step, cost};
   }
   return best;
 }
@@ -140,8 +178,8 @@ inline CutChoice choose_cut(int64_t chains, int64_t each, int sms) {
   return best;
 }
 
-// Which schedules a call launches. Two where sequences are packed and their lengths have to decide: the fused kernel, in
-// front, then leaves word whether it did the call, and the other's kernels return at once if so.
+// Which schedules a call launches. Two where sequences are packed and their lengths decide, which only the device knows:
+// the fused kernel, in front, then leaves word whether it did the call, and the other's kernels return at once if so.
 struct Schedules {
   bool fused, split;
   int walkers;  // of the streamed schedule; 0 without it
@@ -168,8 +206,13 @@ inline Schedules choose_schedules(CallShape const& call, int sms) {
   }
   // With many heads one sequence that holds nearly all tokens is not much slower for it.
   bool const any_lengths = Choice::kSplitChunk * heads >= .8f * Choice::kFusedChunk;
-  if (call.one_length() || any_lengths) return {true, false, 0, {}};
-  return {true, walkers.count == 0, walkers.count, {}};
+  Schedules const fused = {true, false, 0, {}}, other = {false, walkers.count == 0, walkers.count, {}};
+  if (!call.one_length() && call.chunks > 0) {  // as the device would decide
+    bool const pays =
+        Choice::fused_pays(call.longest, call.chunks, call.num_seqs, heads, walkers.count, walkers.step, sms);
+    return pays ? fused : other;
+  }
+  return call.one_length() || any_lengths ? fused : Schedules{true, other.split, other.walkers, {}};
 }
 
 // ---- chains dealt by the fused schedule

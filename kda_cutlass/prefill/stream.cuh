@@ -13,6 +13,7 @@ struct StreamParams {
   ChunkParams chunk;
   ValueParams values;
   Ring ring;
+  Teams teams;
 };
 
 constexpr int kStreamThreads = kGroupsAnSm * kChunkThreads;
@@ -23,6 +24,7 @@ struct StreamSmem {
     WalkSmem walk;
   };
   int place;
+  alignas(8) uint64_t second_starts;  // group of producers
 };
 static_assert(sizeof(StreamSmem) <= 227 * 1024);
 
@@ -37,7 +39,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_
   int const walkers = p.ring.walkers, makers = gridDim.x - walkers;
   Deal const deal = {sequences, p.values.state, p.chunk.value_heads, sequences.num_seqs * p.chunk.value_heads, walkers};
 
-  // The first CTAs walk. Each of the others is two groups of producers; each walker has a team of groups of its own.
+  // The first CTAs walk. Each of the others is two groups of producers.
   // They go by the number of their SM: the two of a TPC do the same kind of work then, and it is the same in each call.
   if (threadIdx.x == 0) smem.place = p.ring.flags->take_place(gridDim.x);
   __syncthreads();
@@ -53,17 +55,18 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_
       cutlass::arch::warpgroup_reg_dealloc<40>();
       if (warp == 8) feed_early(p.values, deal, p.ring, smem.walk, cta, lane);
       if (warp == 11) feed_late(deal, p.ring, smem.walk, cta, lane);
-      if (warp == 9 || warp == 10) write_outputs(p.values, deal, p.ring, smem.walk, cta, warp - 9, lane);
+      if (warp == 9 || warp == 10) write_outputs(p.values, deal, smem.walk, cta, warp - 9, lane);
+      if (warp == 12) tell_taken(deal, p.ring, smem.walk, cta, lane);
     }
   } else {
     int const group = warp / 8;
     ProducerSmem& own = smem.producers[group];
     if (threadIdx.x % kChunkThreads == 0) own.init();
+    if (threadIdx.x == 0) EmptyBarrier::init(&smem.second_starts, 1);
     __syncthreads();
-    int const number = group * makers + cta - walkers, team = walkers_team(walkers, gridDim.x);
-    if (number < team * walkers)
-      produce<kGate, kFp32Gate>(p.chunk, deal, p.ring, own, {number % walkers, number / walkers, team}, 1 + group,
-                                warp % 8, lane);
+    Share const share = deal_share(group * makers + cta - walkers, walkers, p.teams);
+    if (share.first >= 0)
+      produce<kGate, kFp32Gate>(p.chunk, deal, p.ring, own, share, &smem.second_starts, group == 1, warp % 8, lane);
   }
 }
 

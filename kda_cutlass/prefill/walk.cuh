@@ -8,7 +8,7 @@
 //   S^T  = S^T e^{G_end} + V'^T (K e^{G_end - G})
 // A warpgroup owns 64 value channels: its state stays in registers in fp32 for the whole sequence, and every left
 // operand (S, W, V') is made from accumulators in registers, without a trip through shared memory. Two warps of a third
-// warpgroup fill the stages in shared memory, two others write outputs.
+// warpgroup fill the stages in shared memory, two others write outputs, and one more tells the producers what was taken.
 #pragma once
 
 #include <cuda.h>
@@ -45,6 +45,7 @@ struct WalkSmem {
   alignas(8) uint64_t late_full[kWalkStages], late_empty[kWalkStages];
   alignas(8) uint64_t out_full[2];
   alignas(8) uint64_t out_empty[2];
+  alignas(8) uint64_t taken, told;  // kTellEvery records more
 
   __device__ __forceinline__ void init() {  // by one thread
     for (int s = 0; s < kWalkStages; ++s) {
@@ -58,6 +59,8 @@ struct WalkSmem {
       EmptyBarrier::init(&out_full[w], 128);
       EmptyBarrier::init(&out_empty[w], 32);
     }
+    EmptyBarrier::init(&taken, 32);
+    EmptyBarrier::init(&told, 32);
     cutlass::arch::fence_barrier_init();
   }
 };
@@ -143,9 +146,9 @@ __device__ __forceinline__ void feed_late(Deal const& deal, Ring const& ring, Wa
   }
 }
 
-// One warp: a warpgroup's outputs, 128 bytes a token. One of the two tells the producers what has been taken.
-__device__ __forceinline__ void write_outputs(ValueParams const& p, Deal const& deal, Ring const& ring, WalkSmem& smem,
-                                              int walker, int w, int lane) {
+// One warp: a warpgroup's outputs, 128 bytes a token.
+__device__ __forceinline__ void write_outputs(ValueParams const& p, Deal const& deal, WalkSmem& smem, int walker, int w,
+                                              int lane) {
   int const unit = lane % 8;
   int written = 0;
   for (int number = walker; number < deal.chains; number += deal.walkers) {
@@ -160,9 +163,26 @@ __device__ __forceinline__ void write_outputs(ValueParams const& p, Deal const& 
         if (row < tokens)
           __stcs(reinterpret_cast<uint4*>(out), *reinterpret_cast<uint4 const*>(smem.out[w] + panel_offset(row, unit)));
       EmptyBarrier::arrive(&smem.out_empty[w]);
-      // Where there are outputs, the whole record has come.
-      if (w == 0 && lane == 0 && written % kTellEvery == 0) ring.tell_taken(walker, written + 1);
+      if (w == 0 && written % kTellEvery == 0) {  // where there are outputs, the whole record has come
+        EmptyBarrier::wait(&smem.told, written / kTellEvery & 1 ^ 1);
+        EmptyBarrier::arrive(&smem.taken);
+      }
       __syncwarp();
+    }
+  }
+}
+
+// One warp: tells the producers what has been taken. To tell is to fence, which takes longer than a step: who writes
+// outputs has no time for it.
+__device__ __forceinline__ void tell_taken(Deal const& deal, Ring const& ring, WalkSmem& smem, int walker, int lane) {
+  int step = 0;
+  for (int number = walker; number < deal.chains; number += deal.walkers) {
+    for (int const end = step + Chain(deal, number).steps; step < end; ++step) {
+      if (step % kTellEvery != 0) continue;
+      EmptyBarrier::wait(&smem.taken, step / kTellEvery & 1);
+      if (lane == 0) ring.tell_taken(walker, step + 1);
+      __syncwarp();
+      EmptyBarrier::arrive(&smem.told);
     }
   }
 }

@@ -46,7 +46,7 @@ if AVAILABLE:
         return None
 
     @torch.library.register_fake(add_op_namespace_prefix("prefill_new"))
-    def _(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, out, scale, lower_bound, flags):
+    def _(q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens, cu_seqlens_cpu, out, scale, lower_bound, flags):
         return new_results(v, out, cu_seqlens, flags)
 
 
@@ -155,6 +155,7 @@ def attempt(
     cu_seqlens,
     out=None,
     inplace_final_state=False,
+    cu_seqlens_cpu=None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Runs a call of :func:`flash_kda.chunk_kda`, or of ``fused_recurrent_kda`` with many tokens, that needs no preparation;
     or returns None and has written nothing.
@@ -177,6 +178,7 @@ def attempt(
             dt_bias,
             initial_state,
             cu_seqlens,
+            cu_seqlens_cpu,
             out,
             scale,
             lower_bound,
