@@ -256,7 +256,7 @@ def verdicts(rows: list[dict]) -> list[str]:
 
     def collect(title, key, limit):
         """Of the rows that have both; one that is not finite is over any limit."""
-        compared = [r for r in rows if r[key] is not None and (r.get(limit) is not None or math.isnan(r[key]))]
+        compared = [r for r in rows if r.get(key) is not None and (r.get(limit) is not None or math.isnan(r[key]))]
         bad = [label_of(r) for r in compared if r.get(limit) is None or not r[key] <= r[limit]]
         more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
         return f"{title}: {len(bad)} of {len(compared)}" + (f" ({'; '.join(bad[:6])}{more})" if bad else "")

@@ -22,6 +22,7 @@ import prefill
 import record as records
 import reference
 import report
+import timing
 import workloads
 from workloads import REGIMES, ROWS, Cell, Row, regime_gate
 
@@ -328,15 +329,15 @@ def test_without_cudnn_there_is_no_arm(monkeypatch):
 def test_verdicts_find_the_bad_rows():
     row = {"H": 32, "HV": 32, "seq_lens": [8192], "gate": "lower_bound", "regime": "slow", "g_dtype": "bf16"}
     good = row | {"ms": 0.2, "eager_ms": 0.2, "fla_ms": 0.9, "fla_gpu_ms": 0.8, "cudnn_gpu_ms": 0.5, "reach_ms": 0.3}
-    good |= {"err_o": 2e-3, "fla_err_o": 4e-3, "err_s": 1e-3, "fla_err_s": 3e-3}
+    good |= {"unknown_ms": 0.21, "err_o": 2e-3, "fla_err_o": 4e-3, "err_s": 1e-3, "fla_err_s": 3e-3}
     assert all(line.split(": ")[1].startswith("0 of 1") for line in prefill.verdicts([good]))
-    bad = good | {"ms": 1.0, "eager_ms": 1.0, "err_o": 5e-3, "err_s": float("nan")}
+    bad = good | {"ms": 1.0, "unknown_ms": 1.0, "eager_ms": 1.0, "err_o": 5e-3, "err_s": float("nan")}
     assert all(line.split(": ")[1].startswith("1 of 1") for line in prefill.verdicts([bad]))
     assert "H=32 [8192] lower_bound slow" in prefill.verdicts([bad])[0]
     alone = good | {"fla_ms": None, "fla_gpu_ms": None, "fla_err_o": None, "fla_err_s": None, "cudnn_gpu_ms": None}
     counts = [line.split(": ")[1] for line in prefill.verdicts([alone])]
-    assert counts == ["0 of 0"] * 3 + ["0 of 1"] + ["0 of 0"] * 3  # what was compared, not what was measured
-    assert prefill.verdicts([alone | {"err_o": float("nan")}])[4].startswith("output less exact than FLA: 1 of 1")
+    assert counts == ["0 of 0"] * 3 + ["0 of 1"] * 2 + ["0 of 0"] * 3  # what was compared, not what was measured
+    assert prefill.verdicts([alone | {"err_o": float("nan")}])[5].startswith("output less exact than FLA: 1 of 1")
 
 
 def test_verdicts_say_how_time_grows():
@@ -352,8 +353,15 @@ def test_verdicts_say_how_time_grows():
         rows[0] | {"seq_lens": [512], "ms": 9.0},
     ]
     expected = "us a token at H=32 slow: 8192 0.0305, 32768 0.0275, 1048576 0.0267; 1.14 apart"
-    assert prefill.verdicts(rows + others)[6:] == [expected]
-    assert not prefill.verdicts(rows[:2] + others)[6:]
+    assert prefill.verdicts(rows + others)[7:] == [expected]
+    assert not prefill.verdicts(rows[:2] + others)[7:]
+
+
+@pytest.mark.parametrize(
+    "row_bytes, sets, passes", [(1 << 22, 16, 1), (1 << 25, 8, 2), (1 << 28, 1, 8), (1 << 30, 1, 2), (1 << 32, 1, 1)]
+)
+def test_a_graph_is_longer_than_its_launch(row_bytes, sets, passes):
+    assert timing.graph_passes(row_bytes, sets) == passes
 
 
 # --- the report
