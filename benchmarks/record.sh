@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a record on a GPU stands on, in one go: the whole suite, all benchmarks, into one folder. On two GPUs it
-# takes 9 minutes, on a slow host 11; a third one takes what need not wait for the suite. The variant for this machine lies
-# in build/; packages are those of requirements-dev.txt.
+# takes 10 to 12 minutes; a third one takes what need not wait for the suite. The variant for this machine lies in build/;
+# packages are those of requirements-dev.txt.
 #
 #     bash benchmarks/record.sh OUT [FLA]      FLA: a folder with fla-core 0.6.0, which transformers must not see by itself
 #
@@ -71,7 +71,6 @@ first_gpu() {
   while ! [ -e "$work/half.done" ]; do sleep 1; done
   junit
   step prefill with_fla python3 benchmarks/prefill.py --given all --repeats 3 --tests "$work/junit.xml" --out "$out/records"
-  [ "$gpus" -gt 2 ] || decode
 }
 second_gpu() {
   export CUDA_VISIBLE_DEVICES=$second
@@ -87,7 +86,6 @@ third_gpu() {
   strict_logits
   beside
   model
-  decode
 }
 
 if [ "$gpus" -lt 2 ]; then
@@ -100,6 +98,7 @@ else
   first_gpu
   wait
 fi
+decode # alone: its calls of one sequence are bound by the host
 for log in "$work"/*.log; do printf '\n==== %s\n' "$(basename "$log" .log)" && tail -n 80 "$log"; done >"$out/logs.txt"
 echo "$((SECONDS - start)) s; failed: $(tr '\n' ' ' <"$work/failed")"
 [ ! -s "$work/failed" ]
