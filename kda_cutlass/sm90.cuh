@@ -222,6 +222,20 @@ __device__ __forceinline__ void wgmma_mn_major(float (&d)[64], uint32_t const (&
                        std::make_index_sequence<64>{});
 }
 
+template <size_t... I>
+__device__ __forceinline__ void wgmma_n64_mn_impl(float (&d)[32], uint32_t const* a, uint64_t desc,
+                                                  std::index_sequence<I...>) {
+  cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<GmmaMajor::K, GmmaMajor::MN>::fma(a[0], a[1], a[2], a[3], desc, d[I]...,
+                                                                                  GmmaScale::One);
+}
+// The same for one panel: d[64 x 64].
+__device__ __forceinline__ void wgmma_mn_major(float (&d)[32], uint32_t const (&a)[16], Place panel) {
+#pragma unroll
+  for (int s = 0; s < 4; ++s)
+    wgmma_n64_mn_impl(d, &a[4 * s], desc_mn_major(panel + 16 * kPanelRowBytes * s, 64 * kPanelRowBytes),
+                      std::make_index_sequence<32>{});
+}
+
 // Keeps the compiler from moving reads or writes of registers across an asynchronous WGMMA that owns them.
 template <int kCount>
 __device__ __forceinline__ void fence_registers(float (&r)[kCount]) {

@@ -6,6 +6,7 @@
 
 #include "../device.h"
 #include "fused.cuh"
+#include "pair.cuh"
 #include "prepare.cuh"
 #include "prove.cuh"
 #include "recurrence.cuh"
@@ -146,6 +147,12 @@ cudaError_t launch_recurrence(RecurrenceParams const& params, cudaStream_t strea
   if (cudaError_t const error = allow_shared_memory<kKernel>(kSmem)) return error;
   dim3 const grid(static_cast<unsigned>(int64_t(params.sequences.num_seqs) * params.value_heads * Shape::kSlices));
   return launch(kKernel, grid, Shape::kThreads, kSmem, Start::kOverlap, params, stream);
+}
+
+cudaError_t launch_pair(RecurrenceParams const& params, cudaStream_t stream) {
+  if (cudaError_t const error = allow_shared_memory<pair_kernel>(sizeof(PairSmem))) return error;
+  dim3 const grid(static_cast<unsigned>(int64_t(params.sequences.num_seqs) * params.value_heads * kPairSlices));
+  return launch(pair_kernel, grid, kPairThreads, sizeof(PairSmem), Start::kOverlap, params, stream);
 }
 
 // The checkpoints between chunks (checkpoints.cuh): a prepare and a recurrence over the pieces of as many entries as
@@ -331,8 +338,7 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
       });
       if (error != cudaSuccess) return error;
     }
-    auto* const launch_it = slabs.split_values
-                                ? shape.checkpoints ? launch_recurrence<1, true> : launch_recurrence<1, false>
+    auto* const launch_it = slabs.split_values  ? shape.checkpoints ? launch_recurrence<1, true> : launch_pair
                             : shape.checkpoints ? launch_recurrence<2, true>
                                                 : launch_recurrence<2, false>;
     cudaError_t const error = launch_it(recurrence, stream);

@@ -13,28 +13,31 @@ constexpr int64_t kStateElements = kHeadDim * kHeadDim;
 
 // Visits a thread's part of S^T, whose accumulator layout is: element 4j + 2h + e is value channel row + 8h, key
 // channel 8j + 2 (lane % 4) + e.
-template <class F>
+template <int kCount, class F>
 __device__ __forceinline__ void for_each_state_pair(int lane, F&& f) {
 #pragma unroll
-  for (int j = 0; j < kHeadDim / 8; ++j)
+  for (int j = 0; j < kCount / 4; ++j)
 #pragma unroll
     for (int h = 0; h < 2; ++h) f(4 * j + 2 * h, 8 * h, 8 * j + 2 * (lane & 3));
 }
 
-template <class T>
-__device__ __forceinline__ void load_state(float (&s)[64], T const* state, bool v_first, int value, int lane) {
-  for_each_state_pair(lane, [&](int e, int dv, int key) {
-    int const v = value + dv;
+// All keys or half of them, from `first_key` on.
+template <int kCount, class T>
+__device__ __forceinline__ void load_state(float (&s)[kCount], T const* state, bool v_first, int value, int lane,
+                                           int first_key = 0) {
+  for_each_state_pair<kCount>(lane, [&](int e, int dv, int own_key) {
+    int const v = value + dv, key = first_key + own_key;
     s[e] = static_cast<float>(v_first ? state[v * kHeadDim + key] : state[key * kHeadDim + v]);
     s[e + 1] = static_cast<float>(v_first ? state[v * kHeadDim + key + 1] : state[(key + 1) * kHeadDim + v]);
   });
 }
-template <class T>
-__device__ __forceinline__ void store_state(float const (&s)[64], T* state, bool v_first, int value, int lane) {
+template <int kCount, class T>
+__device__ __forceinline__ void store_state(float const (&s)[kCount], T* state, bool v_first, int value, int lane,
+                                            int first_key = 0) {
   auto store = [&](int v_stride, int key_stride) {  // called with constants, so that one address serves all elements
-    T* const own = state + value * v_stride + 2 * (lane & 3) * key_stride;
+    T* const own = state + value * v_stride + (first_key + 2 * (lane & 3)) * key_stride;
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 8; ++j)
+    for (int j = 0; j < kCount / 4; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         own[(e / 2 * 8) * v_stride + (8 * j + e % 2) * key_stride] = static_cast<T>(s[4 * j + e]);
@@ -136,44 +139,50 @@ struct ValueParams {
 // What a thread knows of where its part of the state and of a [token, value channel] panel lies.
 struct StateLanes {
   int lane, value;      // value channel of the lane's first accumulator row
+  int first_key;        // where the state is that of half of the keys
   uint32_t own_offset;  // of the first of the four 8 x 8 x 4 pieces of a warp's 64 tokens x 16 channels in a panel
   static constexpr int kPieceBytes = 16 * kPanelRowBytes;
 
-  __device__ __forceinline__ StateLanes(int first_value, int warp, int lane)
-      : lane(lane), value(first_value + 16 * warp + (lane >> 2)) {
+  __device__ __forceinline__ StateLanes(int first_value, int warp, int lane, int first_key = 0)
+      : lane(lane), value(first_value + 16 * warp + (lane >> 2)), first_key(first_key) {
     int const matrix = lane >> 3;
     own_offset = panel_offset(8 * (matrix >> 1) + (lane & 7), 2 * warp + (matrix & 1));
   }
 
-  __device__ __forceinline__ void load_initial(float (&s)[64], StateParams const& p, int64_t offset) const {
+  template <int kCount>
+  __device__ __forceinline__ void load_initial(float (&s)[kCount], StateParams const& p, int64_t offset) const {
     load(s, p.initial, p.v_first, offset);
   }
-  __device__ __forceinline__ void load(float (&s)[64], StateView const& view, bool v_first, int64_t offset) const {
+  template <int kCount>
+  __device__ __forceinline__ void load(float (&s)[kCount], StateView const& view, bool v_first, int64_t offset) const {
     if (view.data == nullptr || offset < 0) {
 #pragma unroll
-      for (int i = 0; i < 64; ++i) s[i] = 0.f;
+      for (int i = 0; i < kCount; ++i) s[i] = 0.f;
     } else if (view.dtype == Dtype::kFp32) {
-      load_state(s, static_cast<float const*>(view.data) + offset, v_first, value, lane);
+      load_state(s, static_cast<float const*>(view.data) + offset, v_first, value, lane, first_key);
     } else {
-      load_state(s, static_cast<bf16 const*>(view.data) + offset, v_first, value, lane);
+      load_state(s, static_cast<bf16 const*>(view.data) + offset, v_first, value, lane, first_key);
     }
   }
-  __device__ __forceinline__ void store_final(float const (&s)[64], StateParams const& p, int64_t offset) const {
+  template <int kCount>
+  __device__ __forceinline__ void store_final(float const (&s)[kCount], StateParams const& p, int64_t offset) const {
     store(s, p.final, p.v_first, offset);
   }
-  __device__ __forceinline__ void store(float const (&s)[64], StateView const& view, bool v_first,
+  template <int kCount>
+  __device__ __forceinline__ void store(float const (&s)[kCount], StateView const& view, bool v_first,
                                         int64_t offset) const {
     if (view.data == nullptr || offset < 0) return;
     if (view.dtype == Dtype::kFp32)
-      store_state(s, static_cast<float*>(view.data) + offset, v_first, value, lane);
+      store_state(s, static_cast<float*>(view.data) + offset, v_first, value, lane, first_key);
     else
-      store_state(s, static_cast<bf16*>(view.data) + offset, v_first, value, lane);
+      store_state(s, static_cast<bf16*>(view.data) + offset, v_first, value, lane, first_key);
   }
 
-  __device__ __forceinline__ void decay(float (&s)[64], float const* factors) const {
+  template <int kCount>
+  __device__ __forceinline__ void decay(float (&s)[kCount], float const* factors) const {
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 16; ++j) {
-      float4 const decay = *reinterpret_cast<float4 const*>(&factors[16 * j + 4 * (lane & 3)]);
+    for (int j = 0; j < kCount / 8; ++j) {
+      float4 const decay = *reinterpret_cast<float4 const*>(&factors[first_key + 16 * j + 4 * (lane & 3)]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         s[8 * j + 2 * h] *= decay.x;
@@ -183,14 +192,15 @@ struct StateLanes {
       }
     }
   }
-  // beta V^T, as accumulator.
-  __device__ __forceinline__ void seed_with_values(float (&w)[32], char const* v_panel,
+  // beta V^T, as accumulator, from token 16 kFirst on.
+  template <int kFirst = 0, int kCount>
+  __device__ __forceinline__ void seed_with_values(float (&w)[kCount], char const* v_panel,
                                                    ChunkFactors const& factors) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kCount / 8; ++j) {
       uint32_t r[4];
-      ldmatrix_x4_trans(r, v_panel + own_offset + j * kPieceBytes);
-      float4 const beta = *reinterpret_cast<float4 const*>(&factors.beta[16 * j + 4 * (lane & 3)]);
+      ldmatrix_x4_trans(r, v_panel + own_offset + (kFirst + j) * kPieceBytes);
+      float4 const beta = *reinterpret_cast<float4 const*>(&factors.beta[16 * (kFirst + j) + 4 * (lane & 3)]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         w[8 * j + 2 * h] = unpack_lo(r[h]) * beta.x;
