@@ -44,7 +44,8 @@ def chunk_kda(
         heads: value heads to evaluate, default all.
         initial_state: `[N, HV, K, V]` or None for zero.
         cu_seqlens: `[N + 1]` with B = 1, or None for B sequences of T tokens.
-        cu_seqlens_cpu, safe_gate, output_final_state: accepted because the kernels' calls carry them; they change nothing here.
+        cu_seqlens_cpu, safe_gate, output_final_state: accepted because the kernels' calls carry them; they change
+            nothing here.
         Everything else as in `flash_kda.chunk_kda`.
 
     Returns:

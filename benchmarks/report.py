@@ -75,7 +75,7 @@ def section(record: dict, name: str) -> str:
         else ""
     )
     largest = max(row["workspace_bytes"] for row in rows)
-    longer = max((row["unknown_ms"] / row["ms"] - 1 for row in rows if row.get("unknown_ms")), default=0)
+    longer = max([0, *(row["unknown_ms"] / row["ms"] - 1 for row in rows if row.get("unknown_ms"))])
     lengths = f" Several sequences come with `cu_seqlens_cpu`: without it ours takes up to {longer:.0%} longer."
     return f"""{BEGIN.format(name=name)}
 
@@ -83,7 +83,7 @@ def section(record: dict, name: str) -> str:
 Median milliseconds of `chunk_kda`, inputs bf16, fp32 final state written. *steep*, *slow* and *mixed* are the bounded gate with heads
 that forget at once, that remember, and that do both; *kimi* is the unbounded softplus gate as Kimi Linear initialises it.
 Ours is GPU time, FLA's is what a call in a loop takes, launches included; *faster* compares both in such a loop, over the regimes.
-How each number is measured: [docs/benchmarks.md](docs/benchmarks.md).{lengths if longer > 0 else ""}
+How each number is measured: [docs/benchmarks.md](docs/benchmarks.md).{lengths if longer else ""}
 
 {times(rows)}
 

@@ -91,10 +91,8 @@ def measure(arms: list[Arm], repeats: int) -> None:
     """Fill every arm's samples with `repeats` interleaved rounds. Calls must have been warmed up before."""
     plans = []
     for arm in arms:
-        works = [(arm.run_all, arm.eager_ms, len(arm.sets))]
-        if arm.graph:
-            works.insert(0, (arm.graph.replay, arm.gpu_ms, arm.graph_calls))
-        for work, samples, calls in works:
+        works = [(arm.graph.replay, arm.gpu_ms, arm.graph_calls)] if arm.graph else []
+        for work, samples, calls in [*works, (arm.run_all, arm.eager_ms, len(arm.sets))]:
             once = event_ms(work, 1)
             plans.append((work, samples, max(1, round(SAMPLE_MS / once)), calls))
     # A garbage collection inside a sample is milliseconds of host time that no call caused.

@@ -153,6 +153,7 @@ if __name__ == "__main__":
     call(1, 3, B=2, N=2, T=65, gate="given", g=torch.float32)
     call(70, 70, T=130)  # one CTA a head
     call(1, 1, T=64 * 66)  # two slabs beside each other
+    call(64, 64, T=820)  # streamed, two chains a walker
     call(48, 48, T=1100)  # streamed, with spare groups
     call(70, 70, B=2, N=2, T=200)  # chains shared by two CTAs
     lengths = torch.tensor([600, *[1] * 7], device="cuda")  # too unequal for the fused kernel

@@ -146,7 +146,9 @@ def test_lengths_that_the_host_knows_need_one_schedule(ask, heads, lengths, laun
     assert " ".join(name for name in ("fused", "split", "walkers") if answer[name]) == launched
 
 
-@pytest.mark.parametrize("sizes", [*STREAMED, dict(B=4, T=1300, HV=21), dict(B=1, T=1100, HV=48)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [*STREAMED, dict(B=4, T=1300, HV=21), dict(B=1, T=820, HV=64), dict(B=1, T=1100, HV=48)], ids=str
+)
 def test_what_the_tests_of_the_streamed_schedule_call(ask, sizes):
     answer = ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"])
     assert answer["walkers"] and not answer["fused"] and not answer["split"]
@@ -281,31 +283,50 @@ def test_python_knows_the_workspace(ask, kernel, heads, tokens, count, packed):
     assert kernel.get_workspace_size(tokens, heads, count) >= ask(heads, tokens=tokens, sequences=count)["workspace"]
 
 
-DEAL = r"""
+LISTS = r"""
 #include <cstdio>
-#include <utility>
+#include <string>
+#include <vector>
 #include "schedule.h"
+using List = std::vector<std::string>;
+std::string list(List const& items) {
+  std::string text;
+  for (std::string const& item : items) text += (text.empty() ? "" : ", ") + item;
+  return "[" + text + "]";
+}
+std::string numbers(std::vector<int> const& values) {
+  List items;
+  for (int value : values) items.push_back(std::to_string(value));
+  return list(items);
+}
+void print(List const& lists) {
+  std::puts(list(lists).c_str());
+  std::fflush(stdout);
+}
+"""
+
+DEAL = (
+    LISTS
+    + r"""
 int main() {  // chains chunks ctas: of each CTA the chain, first and last chunk of what it walks, in its order
   int chains, chunks, ctas;
   while (std::scanf("%d %d %d", &chains, &chunks, &ctas) == 3) {
-    char const* before_cta = "[";
+    List all;
     for (int cta = 0; cta < ctas; ++cta) {
       kda::Portion const x = kda::deal_portion(chains, chunks, cta, ctas);
-      std::printf("%s[", std::exchange(before_cta, ", "));
-      char const* before = "";
+      List walked;
       for (int turn = 0, item; (item = x.item(turn, chains, cta, ctas)) < kda::Portion::kPieces * chains; ++turn) {
         if (item < 0) continue;
         int const piece = item / chains;
-        std::printf("%s[%d, %d, %d]", std::exchange(before, ", "), item % chains, piece == 2 ? x.rest_chunk : 0,
-                    piece == 1 ? x.front_chunks : chunks);
+        walked.push_back(numbers({item % chains, piece == 2 ? x.rest_chunk : 0, piece == 1 ? x.front_chunks : chunks}));
       }
-      std::printf("]");
+      all.push_back(list(walked));
     }
-    std::printf("]\n");
-    std::fflush(stdout);
+    print(all);
   }
 }
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -331,29 +352,27 @@ def test_shared_chains_are_dealt_evenly(deal, ctas, more, chunks):
                 assert turn == len(portion) - 1
 
 
-SHARES = r"""
-#include <cstdio>
-#include <utility>
-#include "schedule.h"
+SHARES = (
+    LISTS
+    + r"""
 int main() {  // walkers heads sms steps: of each group the walkers and steps whose records it makes, in its order
   int walkers, heads, sms, steps;
   while (std::scanf("%d %d %d %d", &walkers, &heads, &sms, &steps) == 4) {
     kda::Teams const teams(walkers, heads, sms);
-    char const* before_group = "[";
+    List groups;
     for (int group = 0; group < kda::kGroupsAnSm * (sms - walkers); ++group) {
       kda::Share const share = kda::deal_share(group, walkers, teams);
-      std::printf("%s[", std::exchange(before_group, ", "));
-      char const* before = "";
+      List records;
       if (share.first >= 0)
         for (kda::Share::Turn turn = share.begin(); turn.step < steps; turn = share.next(turn))
-          std::printf("%s[%d, %d]", std::exchange(before, ", "), turn.walker, turn.step);
-      std::printf("]");
+          records.push_back(numbers({turn.walker, turn.step}));
+      groups.push_back(list(records));
     }
-    std::printf("]\n");
-    std::fflush(stdout);
+    print(groups);
   }
 }
 """
+)
 
 
 @pytest.fixture(scope="module")
