@@ -155,6 +155,7 @@ if __name__ == "__main__":
     call(1, 1, T=64 * 66)  # two slabs beside each other
     call(64, 64, T=820)  # streamed, two chains a walker
     call(48, 48, T=1100)  # streamed, with spare groups
+    call(20, 20, T=1400)  # streamed, two CTAs a walker
     call(70, 70, B=2, N=2, T=200)  # chains shared by two CTAs
     lengths = torch.tensor([600, *[1] * 7], device="cuda")  # too unequal for the fused kernel
     call(32, 32, T=607, N=8, cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int())

@@ -100,14 +100,19 @@ STREAMED = [
     dict(B=1, T=2048, H=32, HV=32),
     dict(B=1, T=1300, H=48, HV=48),  # with spare groups of producers
 ]
+# The same with two CTAs a walker: fewer chains yet.
+HALVED = [
+    dict(B=1, T=1473, H=5, HV=20),
+    dict(B=3, T=5000, H=3, HV=3),
+]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "gate, sizes",
     [
-        *((gate, STREAMED[1]) for gate in [*GATES, "strong"]),
-        *(("softplus", s) for s in STREAMED if s is not STREAMED[1]),
+        *((gate, s) for gate in [*GATES, "strong"] for s in (STREAMED[1], HALVED[0])),
+        *(("softplus", s) for s in STREAMED + HALVED if s not in (STREAMED[1], HALVED[0])),
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_kda import CUT, SHARED, STREAMED
+from test_kda import CUT, HALVED, SHARED, STREAMED
 
 SCHEDULE = Path(__file__).parents[1] / "kda_cutlass" / "prefill" / "schedule.h"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -31,9 +31,11 @@ int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpo
     kda::Schedules const s = kda::choose_schedules(call, sms);
     long long const size = kda::workspace_size(call);
     kda::Slabs const slabs = kda::make_slabs(call, workspace > 0 ? workspace : size, sms);
-    int const ring = s.walkers > 0 ? kda::ring_slots(call, s.walkers, workspace > 0 ? workspace : size) : 0;
+    int const walkers = s.walkers.count;
+    int const ring = walkers > 0 ? kda::ring_slots(call, walkers, workspace > 0 ? workspace : size) : 0;
     std::pair<char const*, long long> const answers[] = {
-        {"fused", s.fused}, {"split", s.split}, {"walkers", s.walkers}, {"ring", ring},
+        {"fused", s.fused}, {"split", s.split}, {"walkers", walkers}, {"slices", s.walkers.slices},
+        {"ring", ring},
         {"pieces", s.cut.pieces}, {"piece_chunks", s.cut.chunks}, {"shares", kda::shares(call, sms)},
         {"workspace", size}, {"needed", kda::needed_workspace(call, s, sms)}, {"slots", slabs.slots},
         {"slab_slots", slabs.slab_slots}, {"buffers", slabs.buffers}, {"split_values", slabs.split_values},
@@ -117,8 +119,9 @@ MIX = [1300, 547, 2048, 963, 271, 3063]
         (32, [1024] * 64, "fused walkers"),
         (32, [4096] * 2, "walkers"),
         (8, [4096] * 2, "split"),
-        (12, [8192], "split"),
-        (8, [65536], "split"),
+        (12, [8192], "walkers"),
+        (8, [65536], "walkers"),
+        (8, [2048], "split"),
         (8, [4] * 1000, "fused walkers"),
     ],
 )
@@ -147,11 +150,21 @@ def test_lengths_that_the_host_knows_need_one_schedule(ask, heads, lengths, laun
 
 
 @pytest.mark.parametrize(
-    "sizes", [*STREAMED, dict(B=4, T=1300, HV=21), dict(B=1, T=820, HV=64), dict(B=1, T=1100, HV=48)], ids=str
+    "sizes",
+    [
+        *STREAMED,
+        *HALVED,
+        dict(B=4, T=1300, HV=21),
+        dict(B=1, T=820, HV=64),
+        dict(B=1, T=1100, HV=48),
+        dict(B=1, T=1400, HV=20),
+    ],
+    ids=str,
 )
 def test_what_the_tests_of_the_streamed_schedule_call(ask, sizes):
     answer = ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"])
     assert answer["walkers"] and not answer["fused"] and not answer["split"]
+    assert answer["slices"] == 1 + (sizes in HALVED or sizes["HV"] == 20)
 
 
 @pytest.mark.parametrize("heads", [24, 32, 40, 48, 64, 80, 96])
@@ -208,8 +221,8 @@ def test_what_the_tests_of_shared_chains_call(ask, sizes):
         (133, [4096], 8),  # states on their way from one CTA to another
         (32, [8192], 36),  # streamed: the ring
         (32, [1024] * 8, 36),
-        (8, [8192], 66),  # split
-        (8, [65536], 208),
+        (8, [2048], 17),  # split
+        (8, [65536], 33),  # streamed again
     ],
 )
 def test_a_call_asks_for_what_it_takes(ask, heads, lengths, megabytes):
@@ -255,7 +268,8 @@ def test_every_call_is_served_within_its_workspace(ask, heads, tokens, count, pa
         walkers = answer["walkers"]
         assert not packed or count == 1 or heads % walkers == 0 or walkers % heads == 0  # of any lengths
         assert not checkpoints and answer["walkers"] <= min(count * heads, 64)
-        assert 2 * (sms - answer["walkers"]) >= answer["walkers"]  # a team of producers each
+        makers = sms - walkers * answer["slices"]
+        assert 2 * makers >= walkers  # a team of producers each
         assert answer["ring"] >= 8
         assert FLAGS + 2 * answer["carry"] + answer["walkers"] * answer["ring"] * 66304 <= size * times
     one = FLAGS + 2 * answer["carry"] + heads * 66304
@@ -355,12 +369,12 @@ def test_shared_chains_are_dealt_evenly(deal, ctas, more, chunks):
 SHARES = (
     LISTS
     + r"""
-int main() {  // walkers heads sms steps: of each group the walkers and steps whose records it makes, in its order
-  int walkers, heads, sms, steps;
-  while (std::scanf("%d %d %d %d", &walkers, &heads, &sms, &steps) == 4) {
-    kda::Teams const teams(walkers, heads, sms);
+int main() {  // walkers heads makers steps: of each group the walkers and steps whose records it makes, in its order
+  int walkers, heads, makers, steps;
+  while (std::scanf("%d %d %d %d", &walkers, &heads, &makers, &steps) == 4) {
+    kda::Teams const teams(walkers, heads, makers);
     List groups;
-    for (int group = 0; group < kda::kGroupsAnSm * (sms - walkers); ++group) {
+    for (int group = 0; group < kda::kGroupsAnSm * makers; ++group) {
       kda::Share const share = kda::deal_share(group, walkers, teams);
       List records;
       if (share.first >= 0)
@@ -385,20 +399,20 @@ def shares(compiled):
     walkers=st.integers(1, 64),
     times=st.integers(1, 3),
     more=st.integers(0, 1),
-    sms=st.sampled_from([7, 78, 114, SMS]),
+    makers=st.integers(1, SMS - 1),
     steps=st.integers(0, 150),
 )
-def test_each_record_is_made_once(shares, walkers, times, more, sms, steps):
-    assume(2 * (sms - walkers) >= walkers)
-    groups = shares(f"{walkers} {walkers * times + more} {sms} {steps}")
+def test_each_record_is_made_once(shares, walkers, times, more, makers, steps):
+    assume(2 * makers >= walkers)
+    groups = shares(f"{walkers} {walkers * times + more} {makers} {steps}")
     made = sorted(tuple(record) for group in groups for record in group)
     assert made == [(walker, step) for walker in range(walkers) for step in range(steps)]
     for group in groups:  # in the order of the steps, so that no two wait for each other
         assert all(a < b for (_, a), (_, b) in zip(group, group[1:]))
 
 
-@pytest.mark.parametrize("walkers, groups_at_work", [(32, 192), (48, 168), (33, 198)])
-def test_groups_have_equal_shares(shares, walkers, groups_at_work):
-    made = [len(group) for group in shares(f"{walkers} {walkers} {SMS} 1000") if group]
+@pytest.mark.parametrize("walkers, slices, groups_at_work", [(32, 1, 192), (48, 1, 168), (33, 1, 198), (8, 2, 232)])
+def test_groups_have_equal_shares(shares, walkers, slices, groups_at_work):
+    made = [len(group) for group in shares(f"{walkers} {walkers} {SMS - walkers * slices} 1000") if group]
     assert len(made) == groups_at_work
     assert max(made) - min(made) <= 4

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from cases import KERNEL, make
-from test_kda import CUT, SHARED, STREAMED, forgetful
+from test_kda import CUT, HALVED, SHARED, STREAMED, forgetful
 from test_layer_kernels import whole_step_case
 
 pytestmark = [
@@ -13,10 +13,11 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-# A call of each schedule; test_schedule.py sees to three of them. The last one leaves the choice to the device.
+# A call of each schedule; test_schedule.py sees to four of them. The last one leaves the choice to the device.
 PREFILLS = {
     "split": dict(H=2, T=130),
     "streamed": STREAMED[-1],
+    "halved": HALVED[0],
     "fused": dict(H=132, T=130),
     "shared": SHARED[0],
     "cut": CUT[0],

@@ -461,7 +461,7 @@ __device__ __forceinline__ bool sync_chunk_warps_and(int barrier, bool vote) {
 // before any more; `before_scratch()` before anything is written that the other step reads; and `scales(token, tells)`,
 // after which q and k are there (or were once all had called `before_runs()`) and nobody else reads them any more, and
 // which gives the TokenScales of `token` and the one 8 after it, for one lane a token with `tells`.
-template <Gate kGate, bool kFp32Gate, int kUnroll, class F, class G, class N>
+template <Gate kGate, bool kFp32Gate, class F, class G, class N>
 __device__ __forceinline__ void make_factors(Product& q_product, Product& k_product, ChunkParams const& p,
                                              ChunkPlace at, FactorPanels const& panels, FactorScratch& scratch,
                                              ChunkFactors& factors, int barrier, int warp, int lane, F&& before_runs,
@@ -624,7 +624,7 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
           return i >= kBlock / 2 ? (t >= kBlock / 2 && t <= i ? 1.f : 0.f) : (t < kBlock / 2 && t > i ? -1.f : 0.f);
         });
       }
-#pragma unroll kUnroll
+#pragma unroll 1  // longer code costs every launch its way into the SMs, and the loop no time (docs/kernel-notes.md)
       for (int s = 0; s < kHalfSteps; ++s) {
         uint32_t const offset = lane_offset ^ s << 5;
         uint32_t const low_offset = (lane_low_offset ^ s << 5) + s * sizeof(Fragment);

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
 
   bool constexpr kCut = kDealing == Dealing::kCut, kShared = kDealing == Dealing::kShared;
   int const items = chains * (kCut ? p.cut.pieces : kShared ? Portion::kPieces : 1);
-  if (p.dealt != nullptr) measure(smem, sequences);
+  if (!kCut && p.dealt != nullptr) measure(smem, sequences);  // chains that are cut have one length
   if (p.taken != nullptr) {
     bool pays;
     if constexpr (kCut) {
@@ -189,12 +189,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   for (int i = threadIdx.x; i < 2 * kPanelBytes / 16; i += kFusedThreads)  // above the diagonal blocks they stay zero
     reinterpret_cast<uint4*>(smem.t)[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
-  if (!smem.in_turn) order_by_length(smem, sequences);
+  if (!kCut && !smem.in_turn) order_by_length(smem, sequences);
 
   if (warp >= 8) {
     cutlass::arch::warpgroup_reg_dealloc<88>();
-    return make_all_factors<kGate, kFp32Gate, kHalfSteps>(
-        p.chunk, pipe, warp - 8, lane, [&](int n) -> FactorStage& { return smem.stages[n % kStages]; });
+    return make_all_factors<kGate, kFp32Gate>(p.chunk, pipe, warp - 8, lane,
+                                              [&](int n) -> FactorStage& { return smem.stages[n % kStages]; });
   }
 
   // By a warp: finds the n-th chunk of this CTA.
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       {  // W^T = beta V^T - S^T (beta K e^G)^T, the values being the accumulator's seed
         float w[32];
         pack_operand(s_operand, s);
-        lanes.seed_with_values(w, x.v[warpgroup], factors);
+        lanes.seed_with_values(w, x.v[warpgroup], factors.beta);
         lanes.decay(s, factors.decay);
         fence_registers(w);
         cute::warpgroup_arrive();

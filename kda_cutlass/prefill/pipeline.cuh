@@ -60,7 +60,7 @@ __device__ __forceinline__ void request_gate(ChunkParams const& p, Pipeline& pip
 }
 
 // The factor warps' whole work. `stage_of(n)` gives the stage of the n-th chunk.
-template <Gate kGate, bool kFp32Gate, int kUnroll, class F>
+template <Gate kGate, bool kFp32Gate, class F>
 __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline& pipe, int warp, int lane,
                                                  F&& stage_of) {
   RawBeta beta;  // of the next chunk
@@ -81,7 +81,7 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
     if constexpr (kFp32Gate) wait_for_all();  // it came after that, by a detour that racecheck does not follow
     Product q_product, k_product;
     FactorPanels const panels = panels_of(stage_of(n));
-    make_factors<kGate, kFp32Gate, kUnroll>(
+    make_factors<kGate, kFp32Gate>(
         q_product, k_product, p, at, panels, pipe.factor_scratch, pipe.factors[s], kFactorBarrier, recomputed(warp),
         recomputed(lane), wait_for_all,  // the runs of the chunk before lie where this one's go
         [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); },

@@ -128,13 +128,14 @@ cudaError_t launch_prove(ProveParams const& params, cudaStream_t stream) {
   return launch(prove_kernel<kGate, kFp32Gate>, grid, 32, 0, Start::kAlone, params, stream);
 }
 
-template <Gate kGate, bool kFp32Gate>
+template <Gate kGate, bool kFp32Gate, int kSlices>
 cudaError_t launch_stream(StreamParams const& params, int sms, cudaStream_t stream) {
-  auto constexpr kKernel = stream_kernel<kGate, kFp32Gate>;
-  if (cudaError_t const error = allow_shared_memory<kKernel>(sizeof(StreamSmem))) return error;
+  auto constexpr kKernel = stream_kernel<kGate, kFp32Gate, kSlices>;
+  constexpr size_t kSmem = sizeof(StreamSmem<kSlices>);
+  if (cudaError_t const error = allow_shared_memory<kKernel>(kSmem)) return error;
   if (params.taken == nullptr)  // else the fused kernel has cleared them
     if (cudaError_t const error = cudaMemsetAsync(params.ring.flags, 0, sizeof(RingFlags), stream)) return error;
-  return launch(kKernel, dim3(sms), kStreamThreads, sizeof(StreamSmem), Start::kAtOnce, params, stream);
+  return launch(kKernel, dim3(sms), kStreamThreads, kSmem, Start::kAtOnce, params, stream);
 }
 
 template <int kWarpgroups, bool kCheckpoints>
@@ -245,9 +246,10 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
   int* const flags = static_cast<int*>(p.workspace);
   auto* const ring_flags = reinterpret_cast<RingFlags*>(carries);
   static_assert(sizeof(RingFlags) <= 2 * kHeadDim * kHeadDim * sizeof(float), "they lie where carries would");
-  int const slots = schedules.walkers > 0 ? ring_slots(shape, schedules.walkers, p.workspace_bytes) : 0;
-  int const walkers = slots >= kLeastRingSlots ? schedules.walkers : 0;
-  bool const others = schedules.split || schedules.walkers > 0;
+  Walkers const& chosen = schedules.walkers;
+  int const slots = chosen.count > 0 ? ring_slots(shape, chosen.count, p.workspace_bytes) : 0;
+  int const walkers = slots >= kLeastRingSlots ? chosen.count : 0;
+  bool const others = schedules.split || chosen.count > 0;
   // Not where states are updated in place: a CTA would read what another writes.
   bool const in_place = p.state.initial.data != nullptr && p.state.initial.data == p.state.final.data;
   bool const cuts = schedules.cut.pieces > 1 && !in_place && !p.batch_invariant;
@@ -278,13 +280,12 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
                                        : cudaMemsetAsync(clear.words, 0, clear.count * sizeof(int), stream);
       if (error != cudaSuccess) return error;
     }
-    float const walker_step = walkers > 0 ? Choice::walker_step(p.value_heads, walkers, sms) : 0.f;
     FusedParams const params = {chunk,
                                 values,
                                 taken,
                                 sms,
                                 walkers,
-                                walker_step,
+                                chosen.step,
                                 ring_flags,
                                 dealt,
                                 cut,
@@ -305,10 +306,13 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
     StreamParams const params = {taken,
                                  chunk,
                                  values,
-                                 {reinterpret_cast<Record*>(records), ring_flags, walkers, slots},
-                                 {walkers, p.value_heads, sms}};
+                                 {reinterpret_cast<Record*>(records), ring_flags, walkers, chosen.slices, slots},
+                                 {walkers, p.value_heads, sms - chosen.ctas()}};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
-      return launch_stream<decltype(gate)::value, decltype(fp32)::value>(params, sms, stream);
+      auto constexpr kGate = decltype(gate)::value;
+      auto constexpr kFp32 = decltype(fp32)::value;
+      auto* const launch_it = chosen.slices == 1 ? launch_stream<kGate, kFp32, 1> : launch_stream<kGate, kFp32, 2>;
+      return launch_it(params, sms, stream);
     });
     // The process may have been given fewer SMs than the device has.
     if (error != cudaErrorCooperativeLaunchTooLarge) return error;

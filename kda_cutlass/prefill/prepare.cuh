@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
   if (!of_q) beta.load(p.chunk, at, block, lane);
   TransactionBarrier::wait(&smem.loaded, 0);
   Product q_product, k_product, below[2];
-  make_factors<kGate, kFp32Gate, kHalfSteps>(
+  make_factors<kGate, kFp32Gate>(
       q_product, k_product, p.chunk, at, panels, smem.factor_scratch, smem.factors, 1, warp, lane,
       [&] { scale_tokens(smem.factor_scratch, smem.factors, p.chunk, at, panels, beta, warp, lane); }, [] {},
       [&](int token, bool) { return read_scales(smem.factor_scratch, token); });

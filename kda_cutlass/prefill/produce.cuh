@@ -124,7 +124,7 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, 
     ChunkPlace const at = smem.place;
     if (at.tokens == 0) break;
     Product q_product, k_product, below[2];
-    make_factors<kGate, kFp32Gate, kHalfSteps>(
+    make_factors<kGate, kFp32Gate>(
         q_product, k_product, p, at, panels, smem.factor_scratch, smem.factors, barrier, recomputed(warp),
         recomputed(lane),
         [&] {

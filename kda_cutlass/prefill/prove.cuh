@@ -18,7 +18,7 @@ constexpr int kProofTokens = 48;        // in front of a cut, of the kWarmUp chu
 constexpr int kProofBlock = 8;          // tokens that are looked at together
 constexpr float kForgotten = 0x1p-64f;  // of the state, at most, is left
 constexpr float kHopeless = .5f;        // more than this after a block: no need to look at others
-static_assert(kProofTokens % kProofBlock == 0 && kProofTokens <= kWarmUp * kChunk);
+static_assert(kProofTokens % kProofBlock == 0 && kProofBlock % 4 == 0 && kProofTokens <= kWarmUp * kChunk);
 
 // What was found about the cuts: a byte each.
 struct Forgotten {
@@ -63,6 +63,41 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// What 128 channels' bounds become over four tokens: u, which a token turns into a u + k (k . a u). The four products with
+// k are found together, for each of them takes the warp's lanes a while: d of them is of u alone, c of what the k before
+// adds to it.
+struct FourTokens {
+  float4 a[4], k[4];  // e^g; |k| times the root of |beta|
+
+  static __device__ __forceinline__ float4 times(float4 x, float4 y) {
+    return make_float4(x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w);
+  }
+  static __device__ __forceinline__ float4 plus(float4 x, float4 y, float scale) {
+    return make_float4(x.x + scale * y.x, x.y + scale * y.y, x.z + scale * y.z, x.w + scale * y.w);
+  }
+  static __device__ __forceinline__ float dot(float4 x, float4 y) {
+    return warp_sum((x.x * y.x + x.y * y.y) + (x.z * y.z + x.w * y.w));
+  }
+  __device__ __forceinline__ float4 after(float4 u) const {
+    float4 grown[4];  // k of the tokens before, at the present one
+    float read[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      u = times(a[i], u);
+      read[i] = dot(k[i], u);
+#pragma unroll
+      for (int j = 0; j < i; ++j) {
+        grown[j] = times(a[i], grown[j]);
+        read[i] += dot(k[i], grown[j]) * read[j];
+      }
+      grown[i] = k[i];
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) u = plus(u, grown[j], read[j]);
+    return u;
+  }
+};
+
 // A warp a cut: (head, sequence, piece behind it). A lane has four channels.
 template <Gate kGate, bool kFp32Gate>
 __global__ void __launch_bounds__(32) prove_kernel(const __grid_constant__ ProveParams p) {
@@ -99,25 +134,21 @@ __global__ void __launch_bounds__(32) prove_kernel(const __grid_constant__ Prove
     load(first);
 #pragma unroll 1
     for (int64_t token = first; forgotten && token < first + kProofTokens; token += kProofBlock) {
-      float4 a[kProofBlock], k[kProofBlock];  // e^g, |k| times the root of |beta|
+      FourTokens tokens[kProofBlock / 4];
       float const beta = raw_beta.value(p.chunk, 0);
 #pragma unroll
       for (int t = 0; t < kProofBlock; ++t) {
         float4 const g = raw_g[t].value(), raw = raw_k[t].value();
-        a[t] = make_float4(exp2_approx(decay[0](g.x)), exp2_approx(decay[1](g.y)), exp2_approx(decay[2](g.z)),
-                           exp2_approx(decay[3](g.w)));
-        float scale = sqrtf(fabsf(__shfl_sync(0xffffffffu, beta, 4 * t)));
-        if (p.chunk.qk_l2norm)
-          scale *= rsqrt_approx(warp_sum(raw.x * raw.x + raw.y * raw.y + raw.z * raw.z + raw.w * raw.w) + 1e-6f);
-        k[t] = make_float4(fabsf(raw.x) * scale, fabsf(raw.y) * scale, fabsf(raw.z) * scale, fabsf(raw.w) * scale);
+        tokens[t / 4].a[t % 4] = make_float4(exp2_approx(decay[0](g.x)), exp2_approx(decay[1](g.y)),
+                                             exp2_approx(decay[2](g.z)), exp2_approx(decay[3](g.w)));
+        float scale = sqrt_approx(fabsf(__shfl_sync(0xffffffffu, beta, 4 * t)));
+        if (p.chunk.qk_l2norm) scale *= rsqrt_approx(FourTokens::dot(raw, raw) + 1e-6f);
+        tokens[t / 4].k[t % 4] =
+            make_float4(fabsf(raw.x) * scale, fabsf(raw.y) * scale, fabsf(raw.z) * scale, fabsf(raw.w) * scale);
       }
       load(min(token + kProofBlock, first + kProofTokens - kProofBlock));
 #pragma unroll
-      for (int t = 0; t < kProofBlock; ++t) {
-        u = make_float4(a[t].x * u.x, a[t].y * u.y, a[t].z * u.z, a[t].w * u.w);
-        float const read = warp_sum((k[t].x * u.x + k[t].y * u.y) + (k[t].z * u.z + k[t].w * u.w));
-        u = make_float4(u.x + k[t].x * read, u.y + k[t].y * read, u.z + k[t].z * read, u.w + k[t].w * read);
-      }
+      for (int i = 0; i < kProofBlock / 4; ++i) u = tokens[i].after(u);
       // A NaN is not less than anything.
       forgotten = __all_sync(0xffffffffu, u.x < kHopeless && u.y < kHopeless && u.z < kHopeless && u.w < kHopeless);
     }

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   pack_operand(s_operand, s);
   if (steps > 0) {
     TransactionBarrier::wait(&smem.full[0], 0);
-    lanes.seed_with_values(w, smem.v[0][warpgroup], smem.factors[0]);
+    lanes.seed_with_values(w, smem.v[0][warpgroup], smem.factors[0].beta);
     lanes.decay(s, smem.factors[0].decay);
   }
   auto step = [&](auto stage_constant, int i, int phase) {
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     bool const last = i + 1 == steps;
     if (!last) TransactionBarrier::wait(&smem.full[next_stage], phase ^ (next_stage == 0));
     lanes.seed_with_values(w, smem.v[next_stage][warpgroup],
-                           smem.factors[next_stage]);  // after the last chunk with anything: nobody uses it
+                           smem.factors[next_stage].beta);  // after the last chunk with anything: nobody uses it
     cute::warpgroup_wait<1>();
     fence_registers(s);
     pack_operand(s_operand, s);

@@ -36,14 +36,17 @@ __device__ __forceinline__ void add_release(int* flag, int value) {
 }
 __device__ __forceinline__ void fence_bulk_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-struct RingFlags {          // all 0 at first
-  int made[kRingRecords];   // [walkers][slots]: one more than the step whose record is there
-  int taken[kMostWalkers];  // how many records a walker has taken
-  int placed[kMostPlaces];  // whether a CTA has the place
+struct RingFlags {                        // all 0 at first
+  int made[kRingRecords];                 // [walkers][slots]: one more than the step whose record is there
+  int taken[kMostWalkers * kMostSlices];  // [walkers][slices]: how many records a walker's CTA has taken
+  int placed[kMostPlaces];                // whether a CTA has the place
 
   __device__ __forceinline__ void clear(int thread, int threads) {
+#pragma unroll 1
     for (int i = thread; i < kRingRecords; i += threads) made[i] = 0;
-    for (int i = thread; i < kMostWalkers; i += threads) taken[i] = 0;
+#pragma unroll 1
+    for (int i = thread; i < kMostWalkers * kMostSlices; i += threads) taken[i] = 0;
+#pragma unroll 1
     for (int i = thread; i < kMostPlaces; i += threads) placed[i] = 0;
   }
 
@@ -60,14 +63,16 @@ struct RingFlags {          // all 0 at first
 struct Ring {
   Record* records;  // [walkers][slots]
   RingFlags* flags;
-  int walkers, slots;
+  int walkers, slices, slots;
 
   __device__ __forceinline__ int slot(int walker, int step) const { return walker * slots + step % slots; }
 
   // By one thread, before the slot is written: whether it may be. `known` is what it has seen of `taken`.
   __device__ __forceinline__ bool is_free(int& known, int walker, int step) const {
     if (known > step - slots) return true;
-    known = load_acquire(&flags->taken[walker]);
+    known = load_acquire(&flags->taken[walker * slices]);
+    static_assert(kMostSlices == 2);
+    if (slices > 1) known = min(known, load_acquire(&flags->taken[walker * slices + 1]));
     fence_bulk_copies();
     return known > step - slots;
   }
@@ -79,9 +84,9 @@ struct Ring {
   __device__ __forceinline__ bool is_made(int walker, int step) const {
     return load_acquire(&flags->made[slot(walker, step)]) == step + 1;
   }
-  // By one thread, once the copies of the first `steps` records have ended.
-  __device__ __forceinline__ void tell_taken(int walker, int steps) const {
-    store_release(&flags->taken[walker], steps);
+  // By one thread of a walker's CTA, once its copies of the first `steps` records have ended.
+  __device__ __forceinline__ void tell_taken(int walker, int slice, int steps) const {
+    store_release(&flags->taken[walker * slices + slice], steps);
   }
 };
 

@@ -49,6 +49,7 @@ struct Cut {
 
 // ---- the streamed schedule
 constexpr int kMostWalkers = 64;
+constexpr int kMostSlices = 2;      // CTAs of a walker, with an equal share of the value channels each
 constexpr int kRingRecords = 512;   // of all walkers; what the L2 holds beside the inputs
 constexpr int kLeastRingSlots = 8;  // of a walker
 constexpr int kGroupsAnSm = 2;      // of producers
@@ -61,8 +62,9 @@ static_assert(kMostWalkers * kLeastRingSlots <= kRingRecords);
 struct Teams {
   int team, spare;  // groups of a walker, groups left over that have work
 
-  inline Teams(int walkers, int heads, int sms)
-      : team(kGroupsAnSm * (sms - walkers) / walkers), spare(kGroupsAnSm * (sms - walkers) - team * walkers) {
+  // `makers` SMs make records.
+  inline Teams(int walkers, int heads, int makers)
+      : team(kGroupsAnSm * makers / walkers), spare(kGroupsAnSm * makers - team * walkers) {
     while (spare > 0 && walkers % spare != 0) --spare;
     if (heads % walkers != 0 || kLeastSpare * spare < team * walkers) spare = 0;
   }
@@ -97,15 +99,18 @@ KDA_HOST_DEVICE Share deal_share(int group, int walkers, Teams const& teams) {
 // Costs measured on an H200, in microseconds (docs/kernel-notes.md). `longest` of the sequences and `chunks` of all of
 // them are counted in chunks of one head.
 struct Choice {
-  static constexpr float kFusedChunk = 5.8f;   // of a chain in the fused kernel, one chain an SM
-  static constexpr float kFusedChain = .5f;    // of a chain beside its chunks, in chunks
-  static constexpr float kSplitChunk = .087f;  // of all chains in prepare and recurrence, which fill the card
-  static constexpr float kSplitStep = 1.f;     // of a chain in the recurrence
-  static constexpr float kProve = 20.f;        // of finding out whether chains may be cut, and of the start
-  static constexpr float kProveStream = 30.f;  // the same before the streamed schedule
-  static constexpr float kStreamStep = 1.62f;  // of a chain in a walker of the streamed schedule
+  static constexpr float kFusedChunk = 5.8f;    // of a chain in the fused kernel, one chain an SM
+  static constexpr float kFusedChain = .5f;     // of a chain beside its chunks, in chunks
+  static constexpr float kSplitChunk = .087f;   // of all chains in prepare and recurrence, which fill the card
+  static constexpr float kSplitStep = .95f;     // of a chain in the recurrence
+  static constexpr float kSplitRecord = .035f;  // more for each that is prepared beside it
+  static constexpr float kSplitStart = 10.f;    // more than the fused kernel needs before it is at work
+  static constexpr float kProve = 20.f;         // of finding out whether chains may be cut, and of the start
+  static constexpr float kProveStream = 30.f;   // the same before the streamed schedule
+  // Of a chain in a walker of the streamed schedule that is one CTA, or two.
+  static constexpr float kStreamStep[kMostSlices] = {1.62f, .94f};
   static constexpr float kStreamMake = 9.f;    // of a record in one of its groups of producers
-  static constexpr float kStreamStart = 26.f;  // more than the other two need before they are at work
+  static constexpr float kStreamStart = 26.f;  // more than the fused kernel needs before it is at work
 
   static KDA_HOST_DEVICE float fused(int64_t longest, int64_t chunks, int num_seqs, int heads, int sms) {
     int64_t const chains = int64_t(num_seqs) * heads;
@@ -113,11 +118,8 @@ struct Choice {
     return kFusedChunk * (even > longest ? even : float(longest));
   }
   static KDA_HOST_DEVICE float split(int64_t longest, int64_t chunks, int heads) {
-    float const work = kSplitChunk * heads * chunks, chain = kSplitStep * longest;
+    float const work = kSplitChunk * heads * chunks, chain = kSplitStep * longest + kSplitRecord * heads * chunks;
     return work > chain ? work : chain;
-  }
-  static inline float walker_step(int heads, int walkers, int sms) {
-    return std::max(kStreamStep, kStreamMake / Teams(walkers, heads, sms).groups(walkers));
   }
   // `steps` of the walker that has most, `step` as above.
   static KDA_HOST_DEVICE float stream(float steps, float step) { return kStreamStart + steps * step; }
@@ -138,27 +140,35 @@ inline int64_t slot_count(CallShape const& call) {
   return call.packed ? call.tokens / kChunk + call.num_seqs : call.batch * ((call.tokens + kChunk - 1) / kChunk);
 }
 
-// CTAs that walk chains, of all `sms`, and what the call costs with them, were its sequences of `each` chunks.
+// Who walks chains, and what the call costs with them, were its sequences of `each` chunks.
 struct Walkers {
-  int count = 0;  // 0: the streamed schedule can't do it
+  int count = 0;   // 0: the streamed schedule can't do it
+  int slices = 1;  // CTAs of each
   float step = 0.f, cost = 0.f;
+
+  int ctas() const { return count * slices; }
 };
 inline Walkers choose_walkers(CallShape const& call, int64_t each, int sms) {
   int64_t const chains = call.chains(), chunks = each * call.num_seqs;
   int64_t const records = slot_count(call) * call.value_heads;
   Walkers best;
-  for (int count = 1; count <= std::min<int64_t>(chains, kMostWalkers); ++count) {
-    if (Teams(count, call.value_heads, sms).team < 1 || count * kLeastRingSlots > records) break;
-    // Chains are dealt in turn. Whatever the lengths are, these have equal shares or several sequences each:
-    bool const dealt_by_heads = call.value_heads % count == 0 || count % call.value_heads == 0;
-    if (!call.one_length() && !dealt_by_heads) continue;
-    // One sequence may hold more than the others: half of all.
-    float const steps = call.one_length() ? float((chains + count - 1) / count) * each
-                        : call.chunks > 0 ? Choice::packed_steps(call.longest, call.chunks, call.value_heads, count)
-                                          : Choice::packed_steps((chunks + 1) / 2, chunks, call.value_heads, count);
-    float const step = Choice::walker_step(call.value_heads, count, sms), cost = Choice::stream(steps, step);
-    if (best.count == 0 || cost < best.cost) best = {count, step, cost};
-  }
+  for (int slices = 1; slices <= kMostSlices; ++slices)
+    for (int count = 1; count <= std::min<int64_t>(chains, kMostWalkers); ++count) {
+      Teams const teams(count, call.value_heads, sms - count * slices);
+      if (teams.team < 1 || count * kLeastRingSlots > records) break;
+      // Chains are dealt in turn. Whatever the lengths are, these have equal shares or several sequences each:
+      bool const dealt_by_heads = call.value_heads % count == 0 || count % call.value_heads == 0;
+      if (!call.one_length() && !dealt_by_heads) continue;
+      // One sequence may hold more than the others: half of all.
+      float const steps = call.one_length() ? float((chains + count - 1) / count) * each
+                          : call.chunks > 0 ? Choice::packed_steps(call.longest, call.chunks, call.value_heads, count)
+                                            : Choice::packed_steps((chunks + 1) / 2, chunks, call.value_heads, count);
+      float const step = std::max(Choice::kStreamStep[slices - 1], Choice::kStreamMake / teams.groups(count)),
+                  cost = Choice::stream(steps, step);
+      // Two CTAs read each record twice, so there has to be something in it.
+      float const most = slices > best.slices ? .95f * best.cost : best.cost;
+      if (best.count == 0 || cost < most) best = {count, slices, step, cost};
+    }
   return best;
 }
 
@@ -182,17 +192,17 @@ inline CutChoice choose_cut(int64_t chains, int64_t each, int sms) {
 // the fused kernel, in front, then leaves word whether it did the call, and the other's kernels return at once if so.
 struct Schedules {
   bool fused, split;
-  int walkers;  // of the streamed schedule; 0 without it
-  Cut cut;      // into more than one piece: then the fused kernel comes first, and does it where the gates let it
+  Walkers walkers;  // of the streamed schedule; none without it
+  Cut cut;          // into more than one piece: then the fused kernel comes first, and does it where the gates let it
 };
 inline Schedules choose_schedules(CallShape const& call, int sms) {
-  if (call.checkpoints) return {false, true, 0, {}};  // only the recurrence writes them
+  if (call.checkpoints) return {false, true, {}, {}};  // only the recurrence writes them
   int const heads = call.value_heads;
   int64_t const each = call.mean_chunks(), chunks = each * call.num_seqs;
   float const fused_cost = Choice::fused(each, chunks, call.num_seqs, heads, sms),
               split_cost = Choice::split(each, chunks, heads);
   Walkers const walkers = each > 0 ? choose_walkers(call, each, sms) : Walkers{};
-  bool const streams = walkers.count > 0 && walkers.cost < std::min(fused_cost, split_cost);
+  bool const streams = walkers.count > 0 && walkers.cost < std::min(fused_cost, split_cost + Choice::kSplitStart);
   if (streams || split_cost <= fused_cost) {
     Cut cut;
     if (call.one_length()) {
@@ -202,11 +212,11 @@ inline Schedules choose_schedules(CallShape const& call, int sms) {
       float const whole = streams ? walkers.cost : split_cost;
       if (cost < std::max(.8f * whole, whole - 60.f)) cut = choice.cut;
     }
-    return {false, !streams, streams ? walkers.count : 0, cut};
+    return {false, !streams, streams ? walkers : Walkers{}, cut};
   }
   // With many heads one sequence that holds nearly all tokens is not much slower for it.
   bool const any_lengths = Choice::kSplitChunk * heads >= .8f * Choice::kFusedChunk;
-  Schedules const fused = {true, false, 0, {}}, other = {false, walkers.count == 0, walkers.count, {}};
+  Schedules const fused = {true, false, {}, {}}, other = {false, walkers.count == 0, walkers, {}};
   if (!call.one_length() && call.chunks > 0) {  // as the device would decide
     bool const pays =
         Choice::fused_pays(call.longest, call.chunks, call.num_seqs, heads, walkers.count, walkers.step, sms);
@@ -290,9 +300,9 @@ inline int64_t workspace_size(CallShape const& call, int64_t slots = INT64_MAX) 
 
 // What the schedules that a call may take do take of that.
 inline int64_t needed_workspace(CallShape const& call, Schedules const& schedules, int sms) {
-  if (schedules.fused && !schedules.split && schedules.walkers == 0)
+  if (schedules.fused && !schedules.split && schedules.walkers.count == 0)
     return kFlagBytes + (shares(call, sms) ? carry_bytes(sms) : 0);
-  if (schedules.walkers == 0) return workspace_size(call);
+  if (schedules.walkers.count == 0) return workspace_size(call);
   return workspace_size(call, (kRingRecords + call.value_heads - 1) / call.value_heads);
 }
 

@@ -184,13 +184,12 @@ struct StateLanes {
     }
   }
   // beta V^T, as accumulator.
-  __device__ __forceinline__ void seed_with_values(float (&w)[32], char const* v_panel,
-                                                   ChunkFactors const& factors) const {
+  __device__ __forceinline__ void seed_with_values(float (&w)[32], char const* v_panel, float const* betas) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t r[4];
       ldmatrix_x4_trans(r, v_panel + own_offset + j * kPieceBytes);
-      float4 const beta = *reinterpret_cast<float4 const*>(&factors.beta[16 * j + 4 * (lane & 3)]);
+      float4 const beta = *reinterpret_cast<float4 const*>(&betas[16 * j + 4 * (lane & 3)]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         w[8 * j + 2 * h] = unpack_lo(r[h]) * beta.x;

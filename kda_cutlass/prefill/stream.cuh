@@ -18,25 +18,27 @@ struct StreamParams {
 
 constexpr int kStreamThreads = kGroupsAnSm * kChunkThreads;
 
-struct StreamSmem {
-  union {
-    ProducerSmem producers[kGroupsAnSm];
-    WalkSmem walk;
-  };
+template <int kSlices>
+union StreamSmem {
   int place;
-  alignas(8) uint64_t second_starts;  // group of producers
+  struct {
+    ProducerSmem groups[kGroupsAnSm];
+    alignas(8) uint64_t second_starts;  // of the groups
+  } producers;
+  WalkSmem<kSlices> walk;
 };
-static_assert(sizeof(StreamSmem) <= 227 * 1024);
+static_assert(sizeof(StreamSmem<1>) <= 227 * 1024 && sizeof(StreamSmem<2>) <= 227 * 1024);
 
-template <Gate kGate, bool kFp32Gate>
+// A walker is kSlices CTAs: a kernel for each number, for what is launched is brought to the SMs whole, 1 us for 12 KB.
+template <Gate kGate, bool kFp32Gate, int kSlices>
 __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_constant__ StreamParams p) {
   if (p.taken != nullptr && *p.taken) return;
   extern __shared__ __align__(1024) char smem_bytes[];
-  StreamSmem& smem = *reinterpret_cast<StreamSmem*>(smem_bytes);
+  auto& smem = *reinterpret_cast<StreamSmem<kSlices>*>(smem_bytes);
   int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
   Sequences const& sequences = p.chunk.sequences;
-  int const walkers = p.ring.walkers, makers = gridDim.x - walkers;
+  int const walkers = p.ring.walkers, walking = walkers * kSlices, makers = gridDim.x - walking;
   Deal const deal = {sequences, p.values.state, p.chunk.value_heads, sequences.num_seqs * p.chunk.value_heads, walkers};
 
   // The first CTAs walk. Each of the others is two groups of producers.
@@ -44,29 +46,19 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_
   if (threadIdx.x == 0) smem.place = p.ring.flags->take_place(gridDim.x);
   __syncthreads();
   int const cta = smem.place;
-  if (cta < walkers) {
-    if (threadIdx.x == 0) smem.walk.init();
-    if (threadIdx.x < kHeadDim) smem.walk.none.decay[threadIdx.x] = 1.f;
-    __syncthreads();
-    if (warp < 8) {
-      cutlass::arch::warpgroup_reg_alloc<216>();
-      carry_states(p.values, deal, smem.walk, cta, warp / 4, warp % 4, lane);
-    } else {
-      cutlass::arch::warpgroup_reg_dealloc<40>();
-      if (warp == 8) feed_early(p.values, deal, p.ring, smem.walk, cta, lane);
-      if (warp == 11) feed_late(deal, p.ring, smem.walk, cta, lane);
-      if (warp == 9 || warp == 10) write_outputs(p.values, deal, smem.walk, cta, warp - 9, lane);
-      if (warp == 12) tell_taken(deal, p.ring, smem.walk, cta, lane);
-    }
+  __syncthreads();
+  if (cta < walking) {
+    walk_chains(p.values, deal, p.ring, smem.walk, cta / kSlices, cta % kSlices, warp, lane);
   } else {
     int const group = warp / 8;
-    ProducerSmem& own = smem.producers[group];
+    ProducerSmem& own = smem.producers.groups[group];
     if (threadIdx.x % kChunkThreads == 0) own.init();
-    if (threadIdx.x == 0) EmptyBarrier::init(&smem.second_starts, 1);
+    if (threadIdx.x == 0) EmptyBarrier::init(&smem.producers.second_starts, 1);
     __syncthreads();
-    Share const share = deal_share(group * makers + cta - walkers, walkers, p.teams);
+    Share const share = deal_share(group * makers + cta - walking, walkers, p.teams);
     if (share.first >= 0)
-      produce<kGate, kFp32Gate>(p.chunk, deal, p.ring, own, share, &smem.second_starts, group == 1, warp % 8, lane);
+      produce<kGate, kFp32Gate>(p.chunk, deal, p.ring, own, share, &smem.producers.second_starts, group == 1, warp % 8,
+                                lane);
   }
 }
 

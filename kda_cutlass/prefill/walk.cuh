@@ -7,8 +7,10 @@
 //   O^T  = S^T (Q e^G)^T + V'^T Aqk^T 64 x 64 x 128 and 64 x 64 x 64
 //   S^T  = S^T e^{G_end} + V'^T (K e^{G_end - G})
 // A warpgroup owns 64 value channels: its state stays in registers in fp32 for the whole sequence, and every left
-// operand (S, W, V') is made from accumulators in registers, without a trip through shared memory. Two warps of a third
-// warpgroup fill the stages in shared memory, two others write outputs, and one more tells the producers what was taken.
+// operand (S, W, V') is made from accumulators in registers, without a trip through shared memory. A walker is one CTA
+// with two of them, or, where chains are few, two CTAs with one each, which is faster, for the two share no tensor cores.
+// Two warps of a third warpgroup fill the stages in shared memory, others write outputs, and one more tells the producers
+// what was taken.
 #pragma once
 
 #include <cuda.h>
@@ -18,13 +20,15 @@
 
 namespace kda {
 
-constexpr int kWalkStages = 2;  // what 227 KB hold
-constexpr int kAhead = 3;       // steps: values come to the L2 so much earlier
-constexpr int kTellEvery = 4;   // steps; oftener slows everyone (docs/kernel-notes.md)
+constexpr int kAhead = 3;      // steps: values come to the L2 so much earlier
+constexpr int kTellEvery = 4;  // steps; oftener slows everyone (docs/kernel-notes.md)
 static_assert(kLeastRingSlots > kTellEvery, "or walkers and producers wait for each other");
 
+template <int kSlices>
 struct WalkSmem {
-  struct Operands {  // the panels of Record, in its order
+  static constexpr int kWarpgroups = kHeadDim / kValueTile / kSlices;
+  static constexpr int kWalkStages = kSlices == 1 ? 2 : 3;  // what 227 KB hold
+  struct Operands {                                         // the panels of Record, in its order
     char k_decayed[2][64 * kPanelRowBytes];
     char q_decayed[2][64 * kPanelRowBytes];
     char k_remaining[2][64 * kPanelRowBytes];
@@ -33,18 +37,16 @@ struct WalkSmem {
   };
   static_assert(sizeof(Operands) == kRecordPanelBytes);
   alignas(1024) Operands operands[kWalkStages];
-  alignas(1024) char v[kWalkStages][2][64 * kPanelRowBytes];  // [token, value channel]
-  alignas(1024) char out[2][64 * kPanelRowBytes];             // [token, value channel]
+  alignas(1024) char v[kWalkStages][kWarpgroups][64 * kPanelRowBytes];  // [token, value channel]
+  alignas(1024) char out[kWarpgroups][64 * kPanelRowBytes];             // [token, value channel]
   alignas(16) ChunkFactors factors[kWalkStages];
-  // After the last chunk: no decay, and values that nobody uses.
-  alignas(16) ChunkFactors none;
-  alignas(1024) char no_values[64 * kPanelRowBytes];
+  alignas(16) float ones[kHeadDim];  // after the last chunk: no decay, and betas of values that nobody uses
   // Of a stage: k_decayed, factors and values, which are read first; and the rest.
   alignas(8) uint64_t early_full[kWalkStages], early_empty[kWalkStages];
   alignas(8) uint64_t made[kWalkStages];  // the record is there to be loaded
   alignas(8) uint64_t late_full[kWalkStages], late_empty[kWalkStages];
-  alignas(8) uint64_t out_full[2];
-  alignas(8) uint64_t out_empty[2];
+  alignas(8) uint64_t out_full[kWarpgroups];
+  alignas(8) uint64_t out_empty[kWarpgroups];
   alignas(8) uint64_t taken, told;  // kTellEvery records more
 
   __device__ __forceinline__ void init() {  // by one thread
@@ -52,10 +54,10 @@ struct WalkSmem {
       TransactionBarrier::init(&early_full[s], 1);
       TransactionBarrier::init(&late_full[s], 1);
       EmptyBarrier::init(&made[s], 1);
-      EmptyBarrier::init(&early_empty[s], 256);  // threads, not warps: racecheck follows no warp barrier
-      EmptyBarrier::init(&late_empty[s], 256);
+      EmptyBarrier::init(&early_empty[s], 128 * kWarpgroups);  // threads, not warps: racecheck follows no warp barrier
+      EmptyBarrier::init(&late_empty[s], 128 * kWarpgroups);
     }
-    for (int w = 0; w < 2; ++w) {
+    for (int w = 0; w < kWarpgroups; ++w) {
       EmptyBarrier::init(&out_full[w], 128);
       EmptyBarrier::init(&out_empty[w], 32);
     }
@@ -77,8 +79,10 @@ struct Chain {
 };
 
 // One warp: of each step's record what is wanted first, and the values.
-__device__ __forceinline__ void feed_early(ValueParams const& p, Deal const& deal, Ring const& ring, WalkSmem& smem,
-                                           int walker, int lane) {
+template <int kSlices>
+__device__ __forceinline__ void feed_early(ValueParams const& p, Deal const& deal, Ring const& ring,
+                                           WalkSmem<kSlices>& smem, int walker, int slice, int lane) {
+  constexpr int kWarpgroups = WalkSmem<kSlices>::kWarpgroups, kWalkStages = WalkSmem<kSlices>::kWalkStages;
   uint32_t phases = (1u << kWalkStages) - 1;  // the first pass over the stages finds them empty
   int step = 0, known = 0;                    // steps before `known` are made
   for (int number = walker; number < deal.chains; number += deal.walkers) {
@@ -102,12 +106,13 @@ __device__ __forceinline__ void feed_early(ValueParams const& p, Deal const& dea
                                                  sizeof(operands.k_decayed) + sizeof(ChunkFactors) + sizeof(smem.v[0]));
       __syncwarp();
 #pragma unroll
-      for (int w = 0; w < 2; ++w)
-        request_values(p.map, p.token_map, p.tensor_tokens, full, smem.v[stage][w], token, left, w, chain.head,
-                       chain.batch, lane);
+      for (int w = 0; w < kWarpgroups; ++w)
+        request_values(p.map, p.token_map, p.tensor_tokens, full, smem.v[stage][w], token, left,
+                       slice * kWarpgroups + w, chain.head, chain.batch, lane);
       if (lane == 0 && left > kAhead * kChunk)
-        for (int w = 0; w < 2; ++w)
-          cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&p.map, 0, token + kAhead * kChunk, w, chain.head, chain.batch);
+        for (int w = 0; w < kWarpgroups; ++w)
+          cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&p.map, 0, token + kAhead * kChunk, slice * kWarpgroups + w,
+                                                 chain.head, chain.batch);
       if (lane == 0) {
         EmptyBarrier::arrive(&smem.made[stage]);
         Record const& record = ring.records[ring.slot(walker, step)];
@@ -120,7 +125,10 @@ __device__ __forceinline__ void feed_early(ValueParams const& p, Deal const& dea
 }
 
 // One warp: the rest of it.
-__device__ __forceinline__ void feed_late(Deal const& deal, Ring const& ring, WalkSmem& smem, int walker, int lane) {
+template <int kSlices>
+__device__ __forceinline__ void feed_late(Deal const& deal, Ring const& ring, WalkSmem<kSlices>& smem, int walker,
+                                          int lane) {
+  constexpr int kWalkStages = WalkSmem<kSlices>::kWalkStages;
   uint32_t empty_phases = (1u << kWalkStages) - 1, made_phases = 0;
   int step = 0;
   for (int number = walker; number < deal.chains; number += deal.walkers) {
@@ -147,14 +155,16 @@ __device__ __forceinline__ void feed_late(Deal const& deal, Ring const& ring, Wa
 }
 
 // One warp: a warpgroup's outputs, 128 bytes a token.
-__device__ __forceinline__ void write_outputs(ValueParams const& p, Deal const& deal, WalkSmem& smem, int walker, int w,
-                                              int lane) {
+template <int kSlices>
+__device__ __forceinline__ void write_outputs(ValueParams const& p, Deal const& deal, WalkSmem<kSlices>& smem,
+                                              int walker, int slice, int w, int lane) {
+  constexpr int kWarpgroups = WalkSmem<kSlices>::kWarpgroups;
   int const unit = lane % 8;
   int written = 0;
   for (int number = walker; number < deal.chains; number += deal.walkers) {
     Chain const chain(deal, number);
     bf16* out = p.out.data + p.out.stride_batch * chain.batch + p.out.stride_token * (chain.first_token + lane / 8) +
-                p.out.stride_head * chain.head + kValueTile * w + 8 * unit;
+                p.out.stride_head * chain.head + kValueTile * (slice * kWarpgroups + w) + 8 * unit;
     int64_t tokens = chain.length;
     for (int i = 0; i < chain.steps; ++i, ++written, tokens -= kChunk) {
       EmptyBarrier::wait(&smem.out_full[w], written & 1);
@@ -174,23 +184,27 @@ __device__ __forceinline__ void write_outputs(ValueParams const& p, Deal const& 
 
 // One warp: tells the producers what has been taken. To tell is to fence, which takes longer than a step: who writes
 // outputs has no time for it.
-__device__ __forceinline__ void tell_taken(Deal const& deal, Ring const& ring, WalkSmem& smem, int walker, int lane) {
+template <int kSlices>
+__device__ __forceinline__ void tell_taken(Deal const& deal, Ring const& ring, WalkSmem<kSlices>& smem, int walker,
+                                           int slice, int lane) {
   int step = 0;
   for (int number = walker; number < deal.chains; number += deal.walkers) {
     for (int const end = step + Chain(deal, number).steps; step < end; ++step) {
       if (step % kTellEvery != 0) continue;
       EmptyBarrier::wait(&smem.taken, step / kTellEvery & 1);
-      if (lane == 0) ring.tell_taken(walker, step + 1);
+      if (lane == 0) ring.tell_taken(walker, slice, step + 1);
       __syncwarp();
       EmptyBarrier::arrive(&smem.told);
     }
   }
 }
 
-// Two warpgroups.
-__device__ __forceinline__ void carry_states(ValueParams const& p, Deal const& deal, WalkSmem& smem, int walker,
-                                             int warpgroup, int warp, int lane) {
-  int const first_value = kValueTile * warpgroup;
+// The CTA's warpgroups.
+template <int kSlices>
+__device__ __forceinline__ void carry_states(ValueParams const& p, Deal const& deal, WalkSmem<kSlices>& smem,
+                                             int walker, int slice, int warpgroup, int warp, int lane) {
+  constexpr int kWarpgroups = WalkSmem<kSlices>::kWarpgroups, kWalkStages = WalkSmem<kSlices>::kWalkStages;
+  int const first_value = kValueTile * (slice * kWarpgroups + warpgroup);
   StateLanes const lanes(first_value, warp, lane);
   float s[64], w[32], o[32], v_new[32];
   uint32_t s_operand[32], w_operand[16], v_operand[16], o_packed[16];
@@ -212,14 +226,16 @@ __device__ __forceinline__ void carry_states(ValueParams const& p, Deal const& d
     Chain const chain(deal, number);
     int const seq = chain.seq, head = chain.head, steps = chain.steps;
     if (steps == 0) {
-      p.out.store_zeros(deal.sequences, seq, head, 128 * warpgroup + 32 * warp + lane, 256);
-      keep_state(p.state, seq, head, 128 * warpgroup + 32 * warp + lane, 256);
+      int const part = slice * kWarpgroups + warpgroup, thread = 128 * part + 32 * warp + lane;
+      p.out.store_zeros(deal.sequences, seq, head, thread, 256);
+      keep_state(p.state, seq, head, thread, 256);
       continue;
     }
-    lanes.load_initial(s, p.state, initial_offset(p.state, seq, head));
+    // Nothing that only this needs is to be kept from chain to chain: ptxas would spill.
+    StateLanes(first_value, warp, recomputed(lane)).load_initial(s, p.state, initial_offset(p.state, seq, head));
     pack_operand(s_operand, s);
     wait_early(0);
-    lanes.seed_with_values(w, smem.v[0][warpgroup], smem.factors[0]);
+    lanes.seed_with_values(w, smem.v[0][warpgroup], smem.factors[0].beta);
     lanes.decay(s, smem.factors[0].decay);
     auto step = [&](auto stage_constant, int i) {
       constexpr int stage = decltype(stage_constant)::value;
@@ -263,14 +279,14 @@ __device__ __forceinline__ void carry_states(ValueParams const& p, Deal const& d
 
       constexpr int next_stage = stage + 1 == kWalkStages ? 0 : stage + 1;
       bool const last = i + 1 == steps;
-      ChunkFactors const& next = last ? smem.none : smem.factors[next_stage];
+      ChunkFactors const& next = smem.factors[next_stage];
       if (!last) wait_early(next_stage);
-      lanes.seed_with_values(w, last ? smem.no_values : smem.v[next_stage][warpgroup], next);
+      lanes.seed_with_values(w, last ? operands.a_qk : smem.v[next_stage][warpgroup], last ? smem.ones : next.beta);
       cute::warpgroup_wait<1>();
       fence_registers(s);
       pack_operand(s_operand, s);
       // Not behind the next product: ptxas would wait for that one first.
-      lanes.decay(s, next.decay);
+      lanes.decay(s, last ? smem.ones : next.decay);
 
       cute::warpgroup_wait<0>();
       fence_registers(o);
@@ -285,6 +301,26 @@ __device__ __forceinline__ void carry_states(ValueParams const& p, Deal const& d
       });
     hand_out();
     lanes.store_final(s, p.state, final_offset(p.state, seq, head));
+  }
+}
+
+// A CTA: a walker, or the half of one.
+template <int kSlices>
+__device__ __forceinline__ void walk_chains(ValueParams const& p, Deal const& deal, Ring const& ring,
+                                            WalkSmem<kSlices>& smem, int walker, int slice, int warp, int lane) {
+  constexpr int kWarpgroups = WalkSmem<kSlices>::kWarpgroups;
+  if (threadIdx.x == 0) smem.init();
+  if (threadIdx.x < kHeadDim) smem.ones[threadIdx.x] = 1.f;
+  __syncthreads();
+  if (warp < 8) {
+    cutlass::arch::warpgroup_reg_alloc<216>();
+    if (warp < 4 * kWarpgroups) carry_states(p, deal, smem, walker, slice, warp / 4, warp % 4, lane);
+  } else {
+    cutlass::arch::warpgroup_reg_dealloc<40>();
+    if (warp == 8) feed_early(p, deal, ring, smem, walker, slice, lane);
+    if (warp == 11) feed_late(deal, ring, smem, walker, lane);
+    if (warp == 9 || warp == 8 + kWarpgroups) write_outputs(p, deal, smem, walker, slice, warp - 9, lane);
+    if (warp == 12) tell_taken(deal, ring, smem, walker, slice, lane);
   }
 }
 
