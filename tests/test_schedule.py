@@ -173,6 +173,14 @@ def test_walkers_have_equal_shares(ask, heads):
 
 
 @pytest.mark.parametrize(
+    "heads, slices", [(4, 2), (8, 2), (12, 2), (20, 2), (24, 2), (32, 1), (48, 1), (64, 1), (96, 1)]
+)
+def test_few_chains_have_walkers_of_two_ctas(ask, heads, slices):
+    answer = ask(heads, [16384])
+    assert answer["walkers"] and answer["slices"] == slices
+
+
+@pytest.mark.parametrize(
     "heads, lengths, pieces",
     [
         (8, [8192], 16),
