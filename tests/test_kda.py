@@ -185,6 +185,7 @@ CUT = [
     dict(B=1, T=6144, H=8, HV=8),
     dict(B=2, T=8000, H=1, HV=3),
     dict(B=1, T=16384 - 63, H=4, HV=64),
+    dict(B=1, T=8000, H=1, HV=1),  # with the split schedule behind, not the streamed one
 ]
 
 
@@ -196,7 +197,7 @@ def forgetful(args, gate):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "gate, sizes", [*((gate, CUT[1]) for gate in GATES), ("softplus", CUT[0]), ("softplus", CUT[2])]
+    "gate, sizes", [*((gate, CUT[1]) for gate in GATES), *(("softplus", s) for s in CUT if s is not CUT[1])]
 )
 def test_chains_are_cut_where_gates_forget(kernel, monkeypatch, gate, sizes):
     """Cut or whole, a chain gives the same results; that it was cut shows in how far a NaN gets."""
@@ -932,15 +933,30 @@ def test_a_thousand_tokens(kernel, gate, lengths, monkeypatch):
     check(kernel, KERNEL, {**args, "initial_state": make_state(KERNEL, args)})
 
 
+SLABS = 8000  # tokens; test_schedule.py sees to it that those of one head go in three slabs, and of eight are streamed
+
+
 @pytest.mark.gpu
-def test_slabs_of_a_bounded_workspace(kernel, monkeypatch):
-    """Beyond 208 MiB of records the call runs in slabs; each sequence still gives the bits it gives alone."""
+def test_slabs_of_the_workspace(kernel, monkeypatch):
+    """One head, whose records go through the workspace in slabs, has the bits that it has among eight."""
     monkeypatch.setenv("FLASH_KDA_STRICT", "1")
-    H, lengths = 60, [4000, 3, 0, 500]  # the fused kernel would wait for the long one
-    args = make(KERNEL, lengths=lengths, H=H)
+    args = make(KERNEL, T=SLABS, H=8)
+    args["initial_state"] = make_state(KERNEL, args)
     o, state = kernel.chunk_kda(**args)
-    slots = sum(lengths) // 64 + len(lengths)
-    assert slots * H * kernel.prefill.RECORD_BYTES > kernel.prefill.WORKSPACE_LIMIT
+    alone = {**args, **{name: args[name][:, :, :1] for name in ("q", "k", "v", "g", "beta")}}
+    alone |= {"A_log": args["A_log"][:1], "dt_bias": args["dt_bias"].flatten()[:128]}
+    alone["initial_state"] = args["initial_state"][:, :1].contiguous()
+    o_alone, state_alone = kernel.chunk_kda(**alone)
+    assert torch.equal(o[:, :, :1], o_alone) and torch.equal(state[:, :1], state_alone)
+
+
+@pytest.mark.gpu
+def test_one_long_sequence_of_many_heads(kernel, monkeypatch):
+    """Beside short ones, where all that the host knows is their sum: each has the bits that it has alone."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    lengths = [4000, 3, 0, 500]
+    args = make(KERNEL, lengths=lengths, H=60)
+    o, state = kernel.chunk_kda(**args)
     start = 0
     for n, length in enumerate(lengths):
         span = {name: args[name][:, start : start + length] for name in ("q", "k", "v", "g", "beta")}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_kda import CUT, HALVED, SHARED, STREAMED
+from test_kda import CUT, HALVED, SHARED, SLABS, STREAMED
 
 SCHEDULE = Path(__file__).parents[1] / "kda_cutlass" / "prefill" / "schedule.h"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -150,21 +150,21 @@ def test_lengths_that_the_host_knows_need_one_schedule(ask, heads, lengths, laun
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    "slices, sizes",
     [
-        *STREAMED,
-        *HALVED,
-        dict(B=4, T=1300, HV=21),
-        dict(B=1, T=820, HV=64),
-        dict(B=1, T=1100, HV=48),
-        dict(B=1, T=1400, HV=20),
+        *((1, sizes) for sizes in STREAMED),
+        *((2, sizes) for sizes in HALVED),
+        (1, dict(B=4, T=1300, HV=21)),
+        (1, dict(B=1, T=820, HV=64)),
+        (1, dict(B=1, T=1100, HV=48)),
+        (2, dict(B=1, T=1400, HV=20)),
     ],
     ids=str,
 )
-def test_what_the_tests_of_the_streamed_schedule_call(ask, sizes):
+def test_what_the_tests_of_the_streamed_schedule_call(ask, slices, sizes):
     answer = ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"])
     assert answer["walkers"] and not answer["fused"] and not answer["split"]
-    assert answer["slices"] == 1 + (sizes in HALVED or sizes["HV"] == 20)
+    assert answer["slices"] == slices
 
 
 @pytest.mark.parametrize("heads", [24, 32, 40, 48, 64, 80, 96])
@@ -237,9 +237,20 @@ def test_a_call_asks_for_what_it_takes(ask, heads, lengths, megabytes):
     assert round(ask(heads, lengths)["needed"] / 2**20) == megabytes
 
 
-@pytest.mark.parametrize("sizes", CUT, ids=str)
-def test_what_the_tests_of_cut_chains_call(ask, sizes):
-    assert ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"])["pieces"] > 1
+def test_what_the_tests_of_cut_chains_call(ask):
+    answers = [ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"]) for sizes in CUT]
+    assert all(answer["pieces"] > 1 for answer in answers)
+    assert {answer["slices"] if answer["walkers"] else "split" for answer in answers} == {
+        1,
+        2,
+        "split",
+    }  # what is behind
+
+
+def test_what_the_test_of_slabs_calls(ask):
+    answer = ask(1, tokens=SLABS)
+    assert answer["split"] and not answer["walkers"] and answer["slots"] > 2 * answer["slab_slots"]
+    assert ask(8, tokens=SLABS)["walkers"]
 
 
 @pytest.mark.parametrize("lengths", [[1024] * 8, [8192]], ids=["batch", "one"])
@@ -275,11 +286,10 @@ def test_every_call_is_served_within_its_workspace(ask, heads, tokens, count, pa
     if answer["walkers"]:
         walkers = answer["walkers"]
         assert not packed or count == 1 or heads % walkers == 0 or walkers % heads == 0  # of any lengths
-        assert not checkpoints and answer["walkers"] <= min(count * heads, 64)
-        makers = sms - walkers * answer["slices"]
-        assert 2 * makers >= walkers  # a team of producers each
+        assert not checkpoints and walkers <= min(count * heads, 64)
+        assert 2 * (sms - walkers * answer["slices"]) >= walkers  # a team of producers each
         assert answer["ring"] >= 8
-        assert FLAGS + 2 * answer["carry"] + answer["walkers"] * answer["ring"] * 66304 <= size * times
+        assert FLAGS + 2 * answer["carry"] + walkers * answer["ring"] * 66304 <= size * times
     one = FLAGS + 2 * answer["carry"] + heads * 66304
     assert size <= min(answer["workspace"], max(LIMIT, one))
     if answer["split"] or answer["walkers"]:
