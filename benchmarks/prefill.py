@@ -135,7 +135,7 @@ def workspace_bytes(ours, row: Row, device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     sequences = len(row.seq_lens)
-    return ours.prefill.needed_workspace(1, row.tokens, sequences, row.hv, row.packed, False, device)
+    return ours.prefill.needed_workspace(1, row.tokens, sequences, row.hv, row.packed, False, False, device)
 
 
 def environment(device: torch.device, fla_version: str | None) -> dict:

@@ -47,7 +47,7 @@ def decode(B, T, *, v_first, state, gate="lower_bound", pool=True, cu_seqlens=No
 
 
 def call(H, HV, *, B=1, T=200, N=1, gate="lower_bound", g=torch.bfloat16, beta=torch.bfloat16, state=torch.float32,
-         raw=True, neg=False, v_first=False, cu_seqlens=None, forgetful=False):  # fmt: skip
+         raw=True, neg=False, v_first=False, cu_seqlens=None, forgetful=False, invariant=False):  # fmt: skip
     def normal(*shape):
         return torch.randn(*shape, device="cuda")
 
@@ -66,6 +66,7 @@ def call(H, HV, *, B=1, T=200, N=1, gate="lower_bound", g=torch.bfloat16, beta=t
         allow_neg_eigval=neg,
         state_v_first=v_first,
         cu_seqlens=cu_seqlens,
+        batch_invariant=invariant,
     )
     if forgetful:
         args["g"] += -3 if gate == "given" else 5
@@ -152,7 +153,9 @@ if __name__ == "__main__":
     call(1, 1, gate="given", raw=False, beta=torch.float32, state=torch.bfloat16)
     call(1, 3, B=2, N=2, T=65, gate="given", g=torch.float32)
     call(70, 70, T=130)  # one CTA a head
-    call(1, 1, T=64 * 66)  # two slabs beside each other
+    call(1, 1, T=64 * 66, invariant=True)  # two slabs beside each other
+    call(1, 1, T=3390, gate="softplus")  # streamed, in three segments
+    call(1, 2, B=2, N=2, T=3390, state=torch.bfloat16, v_first=True)
     call(64, 64, T=820)  # streamed, two chains a walker
     call(48, 48, T=1100)  # streamed, with spare groups
     call(20, 20, T=1400)  # streamed, two CTAs a walker

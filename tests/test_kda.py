@@ -103,7 +103,7 @@ STREAMED = [
 # The same with two CTAs a walker: fewer chains yet.
 HALVED = [
     dict(B=1, T=1473, H=5, HV=20),
-    dict(B=3, T=5000, H=3, HV=3),
+    dict(B=4, T=5000, H=3, HV=3),
 ]
 
 
@@ -120,6 +120,75 @@ def test_few_long_chains(kernel, monkeypatch, gate, sizes):
     """Another schedule of the kernel: right, and the bits that a few heads have alone."""
     monkeypatch.setenv("FLASH_KDA_STRICT", "1")
     like_a_few_heads_alone(kernel, KERNEL, gate, **sizes)
+
+
+# Sizes of calls whose chains are walked in segments (test_schedule.py sees to that): three, four and two, the last ones
+# whole, short, and with a last chunk of one token.
+SEGMENTS = [
+    dict(B=1, T=3390, H=1, HV=1),
+    dict(B=2, T=4481, H=1, HV=2),
+    dict(B=1, T=8192, H=4, HV=8),
+]
+
+
+def remembering(args, gate):
+    """The arguments with gates and beta that half of a state's channels outlive segments with."""
+    g, beta = args["g"].clone(), args["beta"]
+    g[..., ::2] = -1e-4 * g[..., ::2].abs() if gate.startswith("given") else g[..., ::2] - 9
+    return {**args, "g": g, "beta": beta - 5 if args.get("use_beta_sigmoid_in_kernel") else beta / 100}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "gate, sizes",
+    [*((gate, SEGMENTS[0]) for gate in GATES), *(("softplus", s) for s in SEGMENTS[1:])],
+    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+)
+@pytest.mark.parametrize("v_first", [False, True], ids=["K-first", "V-first"])
+def test_chains_in_segments(kernel, monkeypatch, gate, sizes, v_first):
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    args = remembering(make(KERNEL, gate=gate, state_v_first=v_first, **sizes), gate)
+    args["initial_state"] = make_state(KERNEL, args, torch.bfloat16 if v_first else torch.float32)
+    results = check(kernel, KERNEL, args)
+    for x, again in zip(results, kernel.chunk_kda(**args)):
+        assert torch.equal(x, again)
+    from_zeros = kernel.chunk_kda(**args | {"initial_state": None})  # what the state was is still there
+    assert relative_error(from_zeros[1], results[1]) > 0.01
+    for x, whole in zip(results, kernel.chunk_kda(**args, batch_invariant=True)):
+        assert 0 < relative_error(x, whole) <= 4e-3
+
+
+@pytest.mark.gpu
+def test_segments_of_a_sequence_shorter_than_the_host_knows(kernel, monkeypatch):
+    """Down to none, and states in place."""
+    monkeypatch.setenv("FLASH_KDA_STRICT", "1")
+    args = remembering(make(KERNEL, **SEGMENTS[0]), "softplus")
+    args["initial_state"] = make_state(KERNEL, args)
+    for length in (3390, 2400, 1153, 1152, 1, 0):
+        cu_seqlens = lengths_to_cu([length], "cuda")
+        o, state = kernel.chunk_kda(**args, cu_seqlens=cu_seqlens)
+        alone = {**args, **{name: args[name][:, :length] for name in ("q", "k", "v", "g", "beta")}}
+        expected_o, expected_state = kernel.chunk_kda(**alone, batch_invariant=True)
+        assert relative_error(state, expected_state) <= 4e-3
+        assert relative_error(o[:, :length], expected_o) <= 4e-3
+        if length == 0:
+            assert torch.equal(state, args["initial_state"])
+        mine = {name: args[name] for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")}
+        kept, out = args["initial_state"].clone(), torch.full_like(args["v"], 7)
+        kernel.fwd(
+            **mine,
+            scale=None,
+            out=out,
+            lower_bound=None,
+            initial_state=kept,
+            final_state=kept,
+            cu_seqlens=cu_seqlens,
+            state_v_first=False,
+            use_qk_l2norm_in_kernel=args["use_qk_l2norm_in_kernel"],
+            use_beta_sigmoid_in_kernel=args.get("use_beta_sigmoid_in_kernel", False),
+        )
+        assert torch.equal(kept, state) and torch.equal(out[:, :length], o[:, :length])
+        assert (out[:, length:] == 7).all()
 
 
 # Sizes of calls some of whose chains two CTAs share (test_schedule.py sees to that): one chain more than an H200 has SMs,
@@ -179,13 +248,12 @@ def test_a_long_sequence_packed(kernel, monkeypatch):
         assert torch.equal(o[:, :length], expected_o) and torch.equal(state, expected_state)
 
 
-# Sizes of calls whose chains are cut into pieces where the gates forget (test_schedule.py sees to that), before the split
-# schedule and before the streamed one; the last pieces are whole, partial, short.
+# Sizes of calls whose chains are cut into pieces where the gates forget (test_schedule.py sees to that), before each form
+# of the streamed schedule; the last pieces are whole, partial, short.
 CUT = [
     dict(B=1, T=6144, H=8, HV=8),
-    dict(B=2, T=8000, H=1, HV=3),
+    dict(B=2, T=8000, H=2, HV=6),
     dict(B=1, T=16384 - 63, H=4, HV=64),
-    dict(B=1, T=8000, H=1, HV=1),  # with the split schedule behind, not the streamed one
 ]
 
 
@@ -252,9 +320,11 @@ def test_channels_that_hand_a_state_on(kernel, monkeypatch):
     args["beta"].fill_(1)
     args["v"][:, 64:] = 0
     o, state = kernel.chunk_kda(**args)
-    assert o[:, 256:320].abs().max() > 1e-5  # behind the first cut
-    for x, whole in zip((o, state), kernel.chunk_kda(**args, batch_invariant=True)):
-        assert torch.equal(x, whole)
+    whole_o, whole_state = kernel.chunk_kda(**args, batch_invariant=True)
+    behind = slice(256, 320)  # the first cut
+    assert o[:, behind].abs().max() > 1e-5
+    for x, whole in ((o[:, behind], whole_o[:, behind]), (o, whole_o), (state, whole_state)):
+        assert relative_error(x, whole) <= 4e-3
 
 
 @pytest.mark.gpu
@@ -933,14 +1003,16 @@ def test_a_thousand_tokens(kernel, gate, lengths, monkeypatch):
     check(kernel, KERNEL, {**args, "initial_state": make_state(KERNEL, args)})
 
 
-SLABS = 8000  # tokens; test_schedule.py sees to it that those of one head go in three slabs, and of eight are streamed
+# Tokens: where bits are to depend on nothing else, those of one head go in three slabs, those of eight are streamed
+# (test_schedule.py sees to that).
+SLABS = 8000
 
 
 @pytest.mark.gpu
 def test_slabs_of_the_workspace(kernel, monkeypatch):
     """One head, whose records go through the workspace in slabs, has the bits that it has among eight."""
     monkeypatch.setenv("FLASH_KDA_STRICT", "1")
-    args = make(KERNEL, T=SLABS, H=8)
+    args = make(KERNEL, T=SLABS, H=8, batch_invariant=True)
     args["initial_state"] = make_state(KERNEL, args)
     o, state = kernel.chunk_kda(**args)
     alone = {**args, **{name: args[name][:, :, :1] for name in ("q", "k", "v", "g", "beta")}}

@@ -137,7 +137,7 @@ def test_pool_in_place(kernel, p, H, min_state_index, index, dtype, v_first):
     assert all(pool[i].isnan().all() for i in set(range(7)) - {slots[n] for n in live})
 
 
-@pytest.mark.parametrize("H, T", [(2, 70), (21, 1300)], ids=["split", "streamed"])
+@pytest.mark.parametrize("H, T", [(2, 70), (21, 1300), (2, 4097)], ids=["split", "streamed", "segments"])
 def test_pool_with_a_batch(kernel, p, H, T):
     """Without cu_seqlens; from one pool to another of a different size and dtype, whose smaller one bounds the slots."""
     slots = [2, 4, 1, -2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_kda import CUT, HALVED, SHARED, SLABS, STREAMED
+from test_kda import CUT, HALVED, SEGMENTS, SHARED, SLABS, STREAMED
 
 SCHEDULE = Path(__file__).parents[1] / "kda_cutlass" / "prefill" / "schedule.h"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -22,20 +22,23 @@ ASK = r"""
 #include <cstdio>
 #include <utility>
 #include "schedule.h"
-int main() {  // a call a line: tokens batch num_seqs value_heads packed checkpoints workspace_bytes sms longest chunks
+int main() {  // a call a line, as follows
   long long tokens, workspace, longest, chunks;
-  int batch, num_seqs, heads, packed, checkpoints, sms;
-  while (std::scanf("%lld %d %d %d %d %d %lld %d %lld %lld", &tokens, &batch, &num_seqs, &heads, &packed, &checkpoints,
-                    &workspace, &sms, &longest, &chunks) == 10) {
-    kda::CallShape const call = {tokens, batch, num_seqs, heads, packed != 0, checkpoints != 0, longest, chunks};
+  int batch, num_seqs, heads, packed, checkpoints, invariant, sms;
+  while (std::scanf("%lld %d %d %d %d %d %d %lld %d %lld %lld", &tokens, &batch, &num_seqs, &heads, &packed,
+                    &checkpoints, &invariant, &workspace, &sms, &longest, &chunks) == 11) {
+    kda::CallShape const call = {tokens,           batch,          num_seqs, heads, packed != 0,
+                                 checkpoints != 0, invariant != 0, longest,  chunks};
     kda::Schedules const s = kda::choose_schedules(call, sms);
     long long const size = kda::workspace_size(call);
     kda::Slabs const slabs = kda::make_slabs(call, workspace > 0 ? workspace : size, sms);
     int const walkers = s.walkers.count;
-    int const ring = walkers > 0 ? kda::ring_slots(call, walkers, workspace > 0 ? workspace : size) : 0;
+    int const ring = walkers > 0 ? kda::ring_slots(call, s.walkers, workspace > 0 ? workspace : size) : 0;
+    kda::Segments const& segments = s.walkers.segments;
     std::pair<char const*, long long> const answers[] = {
         {"fused", s.fused}, {"split", s.split}, {"walkers", walkers}, {"slices", s.walkers.slices},
-        {"ring", ring},
+        {"ring", ring}, {"ctas", s.walkers.ctas()}, {"segments", segments.count}, {"segment_chunks", segments.chunks},
+        {"segments_bytes", walkers > 0 ? kda::segments_bytes(s.walkers) : 0},
         {"pieces", s.cut.pieces}, {"piece_chunks", s.cut.chunks}, {"shares", kda::shares(call, sms)},
         {"workspace", size}, {"needed", kda::needed_workspace(call, s, sms)}, {"slots", slabs.slots},
         {"slab_slots", slabs.slab_slots}, {"buffers", slabs.buffers}, {"split_values", slabs.split_values},
@@ -82,6 +85,7 @@ def ask(compiled):
             batch=1,
             sequences=None,
             checkpoints=False,
+            invariant=False,
             workspace=0,
             sms=SMS,
             known=False,
@@ -91,7 +95,8 @@ def ask(compiled):
             sequences = sequences if sequences is not None else len(lengths) if lengths is not None else batch
             each = [-(-length // 64) for length in lengths] if known else [0]
             return answer(
-                f"{tokens} {batch} {sequences} {heads} {packed:d} {checkpoints:d} {workspace} {sms} {max(each)} {sum(each)}"
+                f"{tokens} {batch} {sequences} {heads} {packed:d} {checkpoints:d} {invariant:d} {workspace} {sms} "
+                f"{max(each)} {sum(each)}"
             )
 
         yield of
@@ -164,7 +169,33 @@ def test_lengths_that_the_host_knows_need_one_schedule(ask, heads, lengths, laun
 def test_what_the_tests_of_the_streamed_schedule_call(ask, slices, sizes):
     answer = ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"])
     assert answer["walkers"] and not answer["fused"] and not answer["split"]
-    assert answer["slices"] == slices
+    assert answer["slices"] == slices and answer["segments"] == 1
+
+
+@pytest.mark.parametrize("sizes, segments", [*zip(SEGMENTS, (3, 4, 2))], ids=str)
+def test_what_the_tests_of_segments_call(ask, sizes, segments):
+    call = dict(tokens=sizes["T"], batch=sizes["B"])
+    answer = ask(sizes["HV"], **call)
+    assert answer["walkers"] and answer["segments"] == segments
+    assert ask(sizes["HV"], **call, invariant=True)["segments"] == 1
+
+
+@pytest.mark.parametrize(
+    "heads, lengths, segments",
+    [
+        (1, [8192], 6),
+        (4, [8192], 4),
+        (8, [8192], 2),
+        (8, [65536], 2),
+        (4, [65536], 4),
+        (12, [65536], 1),  # too few producers would be left
+        (32, [8192], 1),
+        (8, [1 << 20], 1),  # what maps have for outputs would not fit
+        (4, [4096] * 2, 1),  # lengths may be anything
+    ],
+)
+def test_few_long_chains_are_walked_in_segments(ask, heads, lengths, segments):
+    assert ask(heads, lengths)["segments"] == segments
 
 
 @pytest.mark.parametrize("heads", [24, 32, 40, 48, 64, 80, 96])
@@ -230,7 +261,7 @@ def test_what_the_tests_of_shared_chains_call(ask, sizes):
         (32, [8192], 36),  # streamed: the ring
         (32, [1024] * 8, 36),
         (8, [2048], 17),  # split
-        (8, [65536], 33),  # streamed again
+        (8, [65536], 99),  # streamed in segments
     ],
 )
 def test_a_call_asks_for_what_it_takes(ask, heads, lengths, megabytes):
@@ -240,17 +271,13 @@ def test_a_call_asks_for_what_it_takes(ask, heads, lengths, megabytes):
 def test_what_the_tests_of_cut_chains_call(ask):
     answers = [ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"]) for sizes in CUT]
     assert all(answer["pieces"] > 1 for answer in answers)
-    assert {answer["slices"] if answer["walkers"] else "split" for answer in answers} == {
-        1,
-        2,
-        "split",
-    }  # what is behind
+    assert [(answer["slices"], answer["segments"]) for answer in answers] == [(2, 2), (2, 1), (1, 1)]  # behind
 
 
 def test_what_the_test_of_slabs_calls(ask):
-    answer = ask(1, tokens=SLABS)
+    answer = ask(1, tokens=SLABS, invariant=True)
     assert answer["split"] and not answer["walkers"] and answer["slots"] > 2 * answer["slab_slots"]
-    assert ask(8, tokens=SLABS)["walkers"]
+    assert ask(8, tokens=SLABS, invariant=True)["walkers"]
 
 
 @pytest.mark.parametrize("lengths", [[1024] * 8, [8192]], ids=["batch", "one"])
@@ -273,23 +300,36 @@ calls = {
     "packed": st.booleans(),
     "sms": st.sampled_from([SMS, 114, 78, 1]),
     "checkpoints": st.booleans(),
+    "invariant": st.booleans(),
 }
 
 
 @settings(max_examples=400, deadline=None)
 @given(**calls, times=st.integers(1, 4))
-def test_every_call_is_served_within_its_workspace(ask, heads, tokens, count, packed, sms, checkpoints, times):
+def test_every_call_is_served_within_its_workspace(
+    ask, heads, tokens, count, packed, sms, checkpoints, invariant, times
+):
     shape = {"sequences": count} if packed else {"batch": count}
+    shape["invariant"] = invariant
     size = ask(heads, tokens=tokens, checkpoints=checkpoints, sms=sms, **shape)["needed"]
     answer = ask(heads, tokens=tokens, checkpoints=checkpoints, sms=sms, workspace=size * times, **shape)
     assert answer["fused"] or answer["split"] or answer["walkers"]
     if answer["walkers"]:
         walkers = answer["walkers"]
         assert not packed or count == 1 or heads % walkers == 0 or walkers % heads == 0  # of any lengths
-        assert not checkpoints and walkers <= min(count * heads, 64)
-        assert 2 * (sms - walkers * answer["slices"]) >= walkers  # a team of producers each
+        segments = answer["segments"]
+        assert not checkpoints and walkers <= min(count * heads * segments, 64)
+        assert answer["ctas"] == (2 * walkers - walkers // segments) * answer["slices"]
+        assert 2 * (sms - answer["ctas"]) >= walkers  # a team of producers each
         assert answer["ring"] >= 8
-        assert FLAGS + 2 * answer["carry"] + walkers * answer["ring"] * 66304 <= size * times
+        held = answer["segments_bytes"] + walkers * answer["ring"] * 66304
+        assert FLAGS + 2 * answer["carry"] + held <= size * times
+        if segments > 1:
+            assert (not packed or count == 1) and not invariant and answer["slices"] == 2
+            assert walkers == count * heads * segments
+            assert (segments - 1) * answer["segment_chunks"] < -(-tokens // 64) <= segments * answer["segment_chunks"]
+        else:
+            assert answer["segments_bytes"] == 0
     one = FLAGS + 2 * answer["carry"] + heads * 66304
     assert size <= min(answer["workspace"], max(LIMIT, one))
     if answer["split"] or answer["walkers"]:

@@ -375,9 +375,10 @@ int64_t prefill_workspace_size(int64_t tokens_per_batch, int64_t batch, int64_t 
 }
 
 int64_t prefill_workspace_needed(int64_t tokens_per_batch, int64_t batch, int64_t num_seqs, int64_t value_heads,
-                                 bool packed, bool checkpoints, int64_t sms) {
+                                 bool packed, bool checkpoints, bool batch_invariant, int64_t sms) {
   return kda::prefill_workspace_needed(tokens_per_batch, narrow(batch, "B"), narrow(num_seqs, "N"),
-                                       narrow(value_heads, "HV"), packed, checkpoints, narrow(sms, "sms"));
+                                       narrow(value_heads, "HV"), packed, checkpoints, batch_invariant,
+                                       narrow(sms, "sms"));
 }
 
 void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
@@ -681,7 +682,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, ops) {
   ops.def("prefill_workspace_size(int tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed) -> int");
   ops.def(
       "prefill_workspace_needed(int tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed, "
-      "bool checkpoints, int sms) -> int");
+      "bool checkpoints, bool batch_invariant, int sms) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL_EXPAND(TORCH_EXTENSION_NAME, CUDA, ops) {

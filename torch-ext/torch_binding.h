@@ -37,7 +37,7 @@ std::tuple<std::optional<torch::stable::Tensor>, std::optional<torch::stable::Te
 int64_t prefill_workspace_size(int64_t tokens_per_batch, int64_t batch, int64_t num_seqs, int64_t value_heads,
                                bool packed);
 int64_t prefill_workspace_needed(int64_t tokens_per_batch, int64_t batch, int64_t num_seqs, int64_t value_heads,
-                                 bool packed, bool checkpoints, int64_t sms);
+                                 bool packed, bool checkpoints, bool batch_invariant, int64_t sms);
 
 void decode(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
             const torch::stable::Tensor& g, const torch::stable::Tensor& beta,

@@ -115,11 +115,18 @@ int64_t prefill_workspace_size(int64_t tokens_per_batch, int batch, int num_seqs
 
 // The same for the schedules that a call may take on a device of `sms` SMs; 0: the current one.
 int64_t prefill_workspace_needed(int64_t tokens_per_batch, int batch, int num_seqs, int value_heads, bool packed,
-                                 bool checkpoints, int sms);
+                                 bool checkpoints, bool batch_invariant, int sms);
 
 inline CallShape call_shape(const PrefillParams& p) {
-  return {p.tokens,  p.batch, p.num_seqs, p.value_heads, p.cu_seqlens != nullptr, p.checkpoints.states.data != nullptr,
-          p.longest, p.chunks};
+  return {p.tokens,
+          p.batch,
+          p.num_seqs,
+          p.value_heads,
+          p.cu_seqlens != nullptr,
+          p.checkpoints.states.data != nullptr,
+          p.batch_invariant,
+          p.longest,
+          p.chunks};
 }
 
 // Launches the prefill on `stream`, by the schedules of its shape. Returns the first CUDA error of the launches.

@@ -125,13 +125,13 @@ cudaError_t launch_fused(FusedParams const& params, int sms, Start start, cudaSt
 template <Gate kGate, bool kFp32Gate>
 cudaError_t launch_prove(ProveParams const& params, cudaStream_t stream) {
   dim3 const grid(params.chunk.value_heads, params.chunk.sequences.num_seqs, params.cut.pieces - 1);
-  return launch(prove_kernel<kGate, kFp32Gate>, grid, 32, 0, Start::kAlone, params, stream);
+  return launch(prove_kernel<kGate, kFp32Gate>, grid, kProofThreads, 0, Start::kAlone, params, stream);
 }
 
-template <Gate kGate, bool kFp32Gate, int kSlices>
+template <Gate kGate, bool kFp32Gate, int kSlices, bool kSegments = false>
 cudaError_t launch_stream(StreamParams const& params, int sms, cudaStream_t stream) {
-  auto constexpr kKernel = stream_kernel<kGate, kFp32Gate, kSlices>;
-  constexpr size_t kSmem = sizeof(StreamSmem<kSlices>);
+  auto constexpr kKernel = stream_kernel<kGate, kFp32Gate, kSlices, kSegments>;
+  constexpr size_t kSmem = sizeof(StreamSmem<kSlices, kSegments>);
   if (cudaError_t const error = allow_shared_memory<kKernel>(kSmem)) return error;
   if (params.taken == nullptr)  // else the fused kernel has cleared them
     if (cudaError_t const error = cudaMemsetAsync(params.ring.flags, 0, sizeof(RingFlags), stream)) return error;
@@ -196,13 +196,13 @@ cudaError_t launch_pieces(PrefillParams const& p, PrepareParams prepare, Recurre
 }  // namespace
 
 int64_t prefill_workspace_size(int64_t tokens, int batch, int num_seqs, int value_heads, bool packed) {
-  return workspace_size({tokens, batch, num_seqs, value_heads, packed, false});
+  return workspace_size({tokens, batch, num_seqs, value_heads, packed, false, false});
 }
 
 int64_t prefill_workspace_needed(int64_t tokens, int batch, int num_seqs, int value_heads, bool packed,
-                                 bool checkpoints, int sms) {
+                                 bool checkpoints, bool batch_invariant, int sms) {
   if (num_seqs == 0 || value_heads == 0) return 0;
-  CallShape const call = {tokens, batch, num_seqs, value_heads, packed, checkpoints};
+  CallShape const call = {tokens, batch, num_seqs, value_heads, packed, checkpoints, batch_invariant};
   if (sms <= 0) sms = sm_count();
   return needed_workspace(call, choose_schedules(call, sms), sms);
 }
@@ -247,7 +247,8 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
   auto* const ring_flags = reinterpret_cast<RingFlags*>(carries);
   static_assert(sizeof(RingFlags) <= 2 * kHeadDim * kHeadDim * sizeof(float), "they lie where carries would");
   Walkers const& chosen = schedules.walkers;
-  int const slots = chosen.count > 0 ? ring_slots(shape, chosen.count, p.workspace_bytes) : 0;
+  bool const segments = chosen.segments.count > 1;
+  int const slots = chosen.count > 0 ? ring_slots(shape, chosen, p.workspace_bytes) : 0;
   int const walkers = slots >= kLeastRingSlots ? chosen.count : 0;
   bool const others = schedules.split || chosen.count > 0;
   // Not where states are updated in place: a CTA would read what another writes.
@@ -303,15 +304,27 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
   }
 
   if (walkers > 0) {
+    SegmentParams left = {chosen.segments, nullptr, nullptr, nullptr, {}};
+    if (segments) {
+      left.states = reinterpret_cast<float*>(records);
+      left.maps = left.states + walkers * kStateElements;
+      left.map_outputs = reinterpret_cast<bf16*>(left.maps + (walkers - chosen.first()) * kStateElements);
+      TensorView const view = {p.out, p.out_stride_batch, p.out_stride_token, p.out_stride_head};
+      if (cudaError_t const error = encode_boxes(left.out_map, view, p, p.value_heads, kChunk, 1)) return error;
+    }
     StreamParams const params = {taken,
                                  chunk,
                                  values,
-                                 {reinterpret_cast<Record*>(records), ring_flags, walkers, chosen.slices, slots},
+                                 left,
+                                 {reinterpret_cast<Record*>(records + segments_bytes(chosen)), ring_flags, walkers,
+                                  slots, chosen.first(), chosen.slices},
                                  {walkers, p.value_heads, sms - chosen.ctas()}};
     cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
       auto constexpr kGate = decltype(gate)::value;
       auto constexpr kFp32 = decltype(fp32)::value;
-      auto* const launch_it = chosen.slices == 1 ? launch_stream<kGate, kFp32, 1> : launch_stream<kGate, kFp32, 2>;
+      auto* const launch_it = segments             ? launch_stream<kGate, kFp32, 2, true>
+                              : chosen.slices == 1 ? launch_stream<kGate, kFp32, 1>
+                                                   : launch_stream<kGate, kFp32, 2>;
       return launch_it(params, sms, stream);
     });
     // The process may have been given fewer SMs than the device has.

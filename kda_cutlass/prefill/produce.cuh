@@ -43,17 +43,19 @@ struct StepPlace {
   ChunkPlace at;  // without tokens: there are no more steps
 
   // Before the first advance(), which is by 0.
-  __device__ __forceinline__ StepPlace(Deal const& deal, Share const& share)
+  template <bool kSegments>
+  __device__ __forceinline__ StepPlace(Deal<kSegments> const& deal, Share const& share)
       : chain(share.walker - deal.walkers), head(0), left(-int64_t(share.first) * kChunk), at{} {}
 
-  __device__ __forceinline__ void advance(Deal const& deal, int steps) {
+  template <bool kSegments>
+  __device__ __forceinline__ void advance(Deal<kSegments> const& deal, int steps) {
     at.first_token += int64_t(steps) * kChunk, left -= int64_t(steps) * kChunk;
 #pragma unroll 1
-    while (left <= 0 && (chain += deal.walkers) < deal.chains) {  // the step lies behind the chain's end
+    while (left <= 0 && (chain += deal.walkers) < deal.chains()) {  // the step lies behind the chain's end
       int const seq = deal.sequence(chain);
       int64_t const length = deal.length(chain), skipped = -left / kChunk * kChunk;
       head = deal.head(chain);
-      at = {deal.sequences.first_token(seq) + skipped, 0, deal.sequences.batch(seq), head};
+      at = {deal.first_token(chain) + skipped, 0, deal.sequences.batch(seq), head};
       left = length - skipped;
     }
     at.tokens = static_cast<int>(max(min(left, int64_t(kChunk)), int64_t(0)));
@@ -66,9 +68,10 @@ __device__ __forceinline__ void wait_stored() { asm volatile("cp.async.bulk.wait
 // By a group of eight warps, which share the named barriers `barrier`, `barrier` + 2 and `barrier` + 4. smem's barriers
 // are ready. The SM's second group lets the first one make its first factors alone, so that a walker has something to
 // start with early, and the two do different things from then on. `second_starts` tells it.
-template <Gate kGate, bool kFp32Gate>
-__device__ __forceinline__ void produce(ChunkParams const& p, Deal const& deal, Ring const& ring, ProducerSmem& smem,
-                                        Share const& share, uint64_t* second_starts, bool second, int warp, int lane) {
+template <Gate kGate, bool kFp32Gate, bool kSegments>
+__device__ __forceinline__ void produce(ChunkParams const& p, Deal<kSegments> const& deal, Ring const& ring,
+                                        ProducerSmem& smem, Share const& share, uint64_t* second_starts, bool second,
+                                        int warp, int lane) {
   int const barrier = second ? 2 : 1;
   FactorPanels const panels = {smem.raw_gate[0], smem.panels[0], smem.panels[2], smem.panels[4]};
   SolvePanels const solved = {smem.solved[0], smem.solved[1]};

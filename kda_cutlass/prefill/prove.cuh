@@ -3,8 +3,9 @@
 //
 // A token turns S into (I - beta k k^T) e^g S. Where the entries of channel d were at most u_d in size, those of e^g S
 // are at most e_d = e^{g_d} u_d, and afterwards at most e_d + |beta k_d| sum_c |k_c| e_c: for any keys, gates and
-// betas. From u = 1 on this gives, after kProofTokens, what is left at most of the largest entry that the state had
-// before them (or that what a start from zeros leaves out of it had).
+// betas. From u = 1 on this gives, after a block of tokens, what is left at most of the largest entry that the state had
+// before them (or that what a start from zeros leaves out of it had). Blocks are looked at beside each other: what is left
+// after all is at most the product.
 #pragma once
 
 #include <type_traits>
@@ -14,11 +15,10 @@
 
 namespace kda {
 
-constexpr int kProofTokens = 48;        // in front of a cut, of the kWarmUp chunks there
-constexpr int kProofBlock = 8;          // tokens that are looked at together
+constexpr int kProofBlock = 8;  // tokens that a warp looks at
+constexpr int kProofBlocks = kWarmUp * kChunk / kProofBlock;
+constexpr int kProofThreads = 32 * kProofBlocks;
 constexpr float kForgotten = 0x1p-64f;  // of the state, at most, is left
-constexpr float kHopeless = .5f;        // more than this after a block: no need to look at others
-static_assert(kProofTokens % kProofBlock == 0 && kProofBlock % 4 == 0 && kProofTokens <= kWarmUp * kChunk);
 
 // What was found about the cuts: a byte each.
 struct Forgotten {
@@ -64,8 +64,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 // What 128 channels' bounds become over four tokens: u, which a token turns into a u + k (k . a u). The four products with
-// k are found together, for each of them takes the warp's lanes a while: d of them is of u alone, c of what the k before
-// adds to it.
+// k are found together, for each of them takes the warp's lanes a while: of u alone, and of what each k before adds to it.
 struct FourTokens {
   float4 a[4], k[4];  // e^g; |k| times the root of |beta|
 
@@ -98,14 +97,14 @@ struct FourTokens {
   }
 };
 
-// A warp a cut: (head, sequence, piece behind it). A lane has four channels.
+// A CTA a cut: (head, sequence, piece behind it). A warp has a block, a lane four channels.
 template <Gate kGate, bool kFp32Gate>
-__global__ void __launch_bounds__(32) prove_kernel(const __grid_constant__ ProveParams p) {
+__global__ void __launch_bounds__(kProofThreads) prove_kernel(const __grid_constant__ ProveParams p) {
   let_next_kernel_start();
-  int const head = blockIdx.x, seq = blockIdx.y, lane = threadIdx.x, channel = 4 * lane;
+  __shared__ uint32_t most[kProofBlocks];  // that is left after a block, as bits
+  int const head = blockIdx.x, seq = blockIdx.y, block = threadIdx.x / 32, lane = threadIdx.x % 32, channel = 4 * lane;
   int64_t const start = p.cut.start(blockIdx.z + 1);
   Sequences const& sequences = p.chunk.sequences;
-  float4 u = make_float4(1.f, 1.f, 1.f, 1.f);
   bool forgotten = true;
   if (start < live_length(sequences, p.state, seq)) {  // the chunks before it are whole, then
     float const rate = kGate != Gate::kGiven && p.chunk.A_log != nullptr ? exp2f(p.chunk.A_log[head] * kLog2e) : 1.f;
@@ -117,44 +116,45 @@ __global__ void __launch_bounds__(32) prove_kernel(const __grid_constant__ Prove
                                       {rate, p.chunk.lower_bound, bias.z},
                                       {rate, p.chunk.lower_bound, bias.w}};
     int const batch = sequences.batch(seq);
-    int64_t const first = sequences.first_token(seq) + start - kProofTokens;
-    int64_t const g_offset = p.g.stride_batch * batch + p.g.stride_head * head + channel,
-                  k_offset = p.k.stride_batch * batch + p.k.stride_head * (head / p.chunk.heads_per_key) + channel;
+    int64_t const token = sequences.first_token(seq) + start - (kProofBlocks - block) * kProofBlock;
+    int64_t const g_offset = p.g.stride_batch * batch + p.g.stride_token * token + p.g.stride_head * head + channel,
+                  k_offset = p.k.stride_batch * batch + p.k.stride_token * token +
+                             p.k.stride_head * (head / p.chunk.heads_per_key) + channel;
     RawChannels<kFp32Gate> raw_g[kProofBlock];
     RawChannels<false> raw_k[kProofBlock];
     RawBeta raw_beta;  // lane l has that of token l / 4
-    auto const load = [&](int64_t token) {
 #pragma unroll
-      for (int t = 0; t < kProofBlock; ++t) {
-        raw_g[t].load(p.g, g_offset + p.g.stride_token * (token + t));
-        raw_k[t].load(p.k, k_offset + p.k.stride_token * (token + t));
-      }
-      raw_beta.load(p.chunk, {token, kProofBlock, batch, head}, 0, lane);
-    };
-    load(first);
-#pragma unroll 1
-    for (int64_t token = first; forgotten && token < first + kProofTokens; token += kProofBlock) {
-      FourTokens tokens[kProofBlock / 4];
-      float const beta = raw_beta.value(p.chunk, 0);
-#pragma unroll
-      for (int t = 0; t < kProofBlock; ++t) {
-        float4 const g = raw_g[t].value(), raw = raw_k[t].value();
-        tokens[t / 4].a[t % 4] = make_float4(exp2_approx(decay[0](g.x)), exp2_approx(decay[1](g.y)),
-                                             exp2_approx(decay[2](g.z)), exp2_approx(decay[3](g.w)));
-        float scale = sqrt_approx(fabsf(__shfl_sync(0xffffffffu, beta, 4 * t)));
-        if (p.chunk.qk_l2norm) scale *= rsqrt_approx(FourTokens::dot(raw, raw) + 1e-6f);
-        tokens[t / 4].k[t % 4] =
-            make_float4(fabsf(raw.x) * scale, fabsf(raw.y) * scale, fabsf(raw.z) * scale, fabsf(raw.w) * scale);
-      }
-      load(min(token + kProofBlock, first + kProofTokens - kProofBlock));
-#pragma unroll
-      for (int i = 0; i < kProofBlock / 4; ++i) u = tokens[i].after(u);
-      // A NaN is not less than anything.
-      forgotten = __all_sync(0xffffffffu, u.x < kHopeless && u.y < kHopeless && u.z < kHopeless && u.w < kHopeless);
+    for (int t = 0; t < kProofBlock; ++t) {
+      raw_g[t].load(p.g, g_offset + p.g.stride_token * t);
+      raw_k[t].load(p.k, k_offset + p.k.stride_token * t);
     }
-    forgotten = __all_sync(0xffffffffu, u.x < kForgotten && u.y < kForgotten && u.z < kForgotten && u.w < kForgotten);
+    raw_beta.load(p.chunk, {token, kProofBlock, batch, head}, 0, lane);
+    float const beta = raw_beta.value(p.chunk, 0);
+    FourTokens tokens[kProofBlock / 4];
+#pragma unroll
+    for (int t = 0; t < kProofBlock; ++t) {
+      float4 const g = raw_g[t].value(), raw = raw_k[t].value();
+      tokens[t / 4].a[t % 4] = make_float4(exp2_approx(decay[0](g.x)), exp2_approx(decay[1](g.y)),
+                                           exp2_approx(decay[2](g.z)), exp2_approx(decay[3](g.w)));
+      float scale = sqrt_approx(fabsf(__shfl_sync(0xffffffffu, beta, 4 * t)));
+      if (p.chunk.qk_l2norm) scale *= rsqrt_approx(FourTokens::dot(raw, raw) + 1e-6f);
+      tokens[t / 4].k[t % 4] =
+          make_float4(fabsf(raw.x) * scale, fabsf(raw.y) * scale, fabsf(raw.z) * scale, fabsf(raw.w) * scale);
+    }
+    float4 u = make_float4(1.f, 1.f, 1.f, 1.f);
+#pragma unroll
+    for (int i = 0; i < kProofBlock / 4; ++i) u = tokens[i].after(u);
+    // None is negative, so that their bits are in their order, infinity and NaN last.
+    auto const bits = [](float x) { return __float_as_uint(fabsf(x)); };
+    uint32_t const here = __reduce_max_sync(0xffffffffu, max(max(bits(u.x), bits(u.y)), max(bits(u.z), bits(u.w))));
+    if (lane == 0) most[block] = here;
+    __syncthreads();
+    float left = 1.f;
+#pragma unroll
+    for (int i = 0; i < kProofBlocks; ++i) left *= __uint_as_float(most[i]);
+    forgotten = left < kForgotten;  // a NaN is not less than anything
   }
-  if (lane == 0) p.forgotten.all[(blockIdx.z * gridDim.y + seq) * gridDim.x + head] = forgotten;
+  if (threadIdx.x == 0) p.forgotten.all[(blockIdx.z * gridDim.y + seq) * gridDim.x + head] = forgotten;
 }
 
 }  // namespace kda

@@ -153,9 +153,9 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   StateLanes const lanes(first_value, warp % 4, lane);
   float s[64];
   if (begin > 0)
-    load_state(s, p.slab.carry_in + int64_t(head) * kHeadDim * kHeadDim, true, lanes.value, lane);
+    load_state_by_offsets(s, p.slab.carry_in + int64_t(head) * kHeadDim * kHeadDim, true, lanes.value, lane);
   else
-    lanes.load_initial(s, p.values.state, initial_offset(p.values.state, seq, head));
+    lanes.load_initial<true>(s, p.values.state, initial_offset(p.values.state, seq, head));
   float w[32], o[32], v_new[32];
   uint32_t s_operand[32], w_operand[16], v_operand[16], o_packed[16];
   auto hand_out = [&](int chunks_before) {  // to the writer; the panel is free once the chunk before has left it

@@ -10,15 +10,27 @@ namespace kda {
 
 // Chains (sequence, head) are numbered with all heads of a sequence together. Walker w takes the chains w, w + walkers,
 // w + 2 walkers, ... one after another; the chunks of all of these are its steps. So the walkers are at one chunk of
-// neighbouring heads at a time, which lie side by side in memory.
+// neighbouring heads at a time, which lie side by side in memory. Of chains in segments each segment counts as a chain,
+// those that chains begin with first.
+template <bool kSegments>
 struct Deal {
   Sequences const& sequences;
   StateParams const& state;
-  int value_heads, chains, walkers;
+  int value_heads, whole, walkers;  // `whole` chains
+  Segments const& segments;
 
-  __device__ __forceinline__ int sequence(int chain) const { return chain / value_heads; }
+  __device__ __forceinline__ int chains() const { return kSegments ? whole * segments.count : whole; }
+  __device__ __forceinline__ int segment(int chain) const { return kSegments ? chain / whole : 0; }
+  __device__ __forceinline__ int sequence(int chain) const { return (chain - segment(chain) * whole) / value_heads; }
   __device__ __forceinline__ int head(int chain) const { return chain % value_heads; }
-  __device__ __forceinline__ int64_t length(int chain) const { return live_length(sequences, state, sequence(chain)); }
+  __device__ __forceinline__ int64_t first_token(int chain) const {
+    return sequences.first_token(sequence(chain)) + segment(chain) * segments.tokens();
+  }
+  __device__ __forceinline__ int64_t length(int chain) const {
+    int64_t const length = live_length(sequences, state, sequence(chain));
+    if (!kSegments) return length;
+    return max(min(length - segment(chain) * segments.tokens(), segments.tokens()), int64_t(0));
+  }
 };
 
 // Flags between CTAs. Who has seen a bulk copy end may tell of it; who has read a flag needs a fence before bulk copies
@@ -38,16 +50,21 @@ __device__ __forceinline__ void fence_bulk_copies() { asm volatile("fence.proxy.
 
 struct RingFlags {                        // all 0 at first
   int made[kRingRecords];                 // [walkers][slots]: one more than the step whose record is there
-  int taken[kMostWalkers * kMostSlices];  // [walkers][slices]: how many records a walker's CTA has taken
+  int taken[kMostWalkers][kMostReaders];  // how many records a walker's CTA has taken
   int placed[kMostPlaces];                // whether a CTA has the place
+  int ended;                              // walkers' CTAs that are done with their segments
+  int joined[kMostWalkers];               // parts of the state at the end of a segment that have been made
 
   __device__ __forceinline__ void clear(int thread, int threads) {
 #pragma unroll 1
     for (int i = thread; i < kRingRecords; i += threads) made[i] = 0;
 #pragma unroll 1
-    for (int i = thread; i < kMostWalkers * kMostSlices; i += threads) taken[i] = 0;
+    for (int i = thread; i < kMostWalkers * kMostReaders; i += threads) taken[0][i] = 0;
 #pragma unroll 1
     for (int i = thread; i < kMostPlaces; i += threads) placed[i] = 0;
+#pragma unroll 1
+    for (int i = thread; i < kMostWalkers; i += threads) joined[i] = 0;
+    if (thread == 0) ended = 0;
   }
 
   // By one thread of each CTA, of which every SM has one: its place among them, that of its SM where it can be had.
@@ -63,16 +80,20 @@ struct RingFlags {                        // all 0 at first
 struct Ring {
   Record* records;  // [walkers][slots]
   RingFlags* flags;
-  int walkers, slices, slots;
+  int walkers, slots;
+  int first;   // walkers of chains, or first segments: those of others are twice as many CTAs
+  int slices;  // CTAs of these
 
+  __device__ __forceinline__ int readers(int walker) const { return walker < first ? slices : 2 * slices; }
   __device__ __forceinline__ int slot(int walker, int step) const { return walker * slots + step % slots; }
 
   // By one thread, before the slot is written: whether it may be. `known` is what it has seen of `taken`.
   __device__ __forceinline__ bool is_free(int& known, int walker, int step) const {
     if (known > step - slots) return true;
-    known = load_acquire(&flags->taken[walker * slices]);
-    static_assert(kMostSlices == 2);
-    if (slices > 1) known = min(known, load_acquire(&flags->taken[walker * slices + 1]));
+    known = load_acquire(&flags->taken[walker][0]);
+    int const others = readers(walker);
+#pragma unroll 1
+    for (int i = 1; i < others; ++i) known = min(known, load_acquire(&flags->taken[walker][i]));
     fence_bulk_copies();
     return known > step - slots;
   }
@@ -85,8 +106,8 @@ struct Ring {
     return load_acquire(&flags->made[slot(walker, step)]) == step + 1;
   }
   // By one thread of a walker's CTA, once its copies of the first `steps` records have ended.
-  __device__ __forceinline__ void tell_taken(int walker, int slice, int steps) const {
-    store_release(&flags->taken[walker * slices + slice], steps);
+  __device__ __forceinline__ void tell_taken(int walker, int reader, int steps) const {
+    store_release(&flags->taken[walker][reader], steps);
   }
 };
 

@@ -5,7 +5,8 @@
 //   fused  one CTA a chain (sequence, head): for calls with enough chains to fill the card; no workspace but flags
 //   split  prepare makes records of chunks, for all chains in parallel, recurrence walks the chains with them
 //   stream the same in one launch: some SMs walk while the others make records, which pass through the L2; for few,
-//          long chains, and where packed lengths turn out to be too unequal for the fused kernel
+//          long chains, and where packed lengths turn out to be too unequal for the fused kernel; the fewest chains are
+//          walked in segments, all at once
 #pragma once
 
 #include <algorithm>
@@ -29,6 +30,7 @@ struct CallShape {
   int batch, num_seqs, value_heads;
   bool packed;       // with cu_seqlens
   bool checkpoints;  // states inside sequences are wanted
+  bool invariant;    // a sequence's bits are to depend on nothing beside it
   // Of packed sequences whose lengths the host knows, in chunks of one head: the longest, and all. Else 0.
   int64_t longest = 0, chunks = 0;
 
@@ -48,23 +50,32 @@ struct Cut {
 };
 
 // ---- the streamed schedule
+// Segments of chains, walked beside each other: segment n owns `chunks` chunks from n * chunks on. A walker of a later one
+// does not know the state before it: half of its CTAs start from zero, the other half find out what becomes of that state
+// and what it adds to the outputs. In the end one is made of both (join.cuh).
+struct Segments {
+  int count = 1, chunks = 0;
+  KDA_HOST_DEVICE int64_t tokens() const { return int64_t(chunks) * kChunk; }
+};
+constexpr int kLeastSegment = 16;  // chunks
 constexpr int kMostWalkers = 64;
-constexpr int kMostSlices = 2;      // CTAs of a walker, with an equal share of the value channels each
-constexpr int kRingRecords = 512;   // of all walkers; what the L2 holds beside the inputs
-constexpr int kLeastRingSlots = 8;  // of a walker
-constexpr int kGroupsAnSm = 2;      // of producers
-constexpr int kLeastSpare = 10;     // spare groups are to add one part in so many
-constexpr int kMostPlaces = 256;    // SMs of which it matters which of them walk
+constexpr int kMostSlices = 2;                 // CTAs of a walker, with an equal share of the value channels each
+constexpr int kMostReaders = 2 * kMostSlices;  // of a walker's records, where it walks a later segment
+constexpr int kRingRecords = 512;              // of all walkers; what the L2 holds beside the inputs
+constexpr int kLeastRingSlots = 8;             // of a walker
+constexpr int kGroupsAnSm = 2;                 // of producers
+constexpr int kLeastSpare = 10;                // spare groups are to add one part in so many
+constexpr int kMostPlaces = 256;               // SMs of which it matters which of them walk
 static_assert(kMostWalkers * kLeastRingSlots <= kRingRecords);
 
 // The groups of producers: each walker has a team of them, which make its records in turn. Those that are left over make
 // some for several walkers each, in turn too, where all walkers have the same sequences and it is worth the trouble.
 struct Teams {
+  int makers;       // SMs that make records
   int team, spare;  // groups of a walker, groups left over that have work
 
-  // `makers` SMs make records.
   inline Teams(int walkers, int heads, int makers)
-      : team(kGroupsAnSm * makers / walkers), spare(kGroupsAnSm * makers - team * walkers) {
+      : makers(makers), team(kGroupsAnSm * makers / walkers), spare(kGroupsAnSm * makers - team * walkers) {
     while (spare > 0 && walkers % spare != 0) --spare;
     if (heads % walkers != 0 || kLeastSpare * spare < team * walkers) spare = 0;
   }
@@ -105,12 +116,14 @@ struct Choice {
   static constexpr float kSplitStep = .95f;     // of a chain in the recurrence
   static constexpr float kSplitRecord = .035f;  // more for each that is prepared beside it
   static constexpr float kSplitStart = 10.f;    // more than the fused kernel needs before it is at work
-  static constexpr float kProve = 20.f;         // of finding out whether chains may be cut, and of the start
-  static constexpr float kProveStream = 30.f;   // the same before the streamed schedule
+  static constexpr float kProve = 12.f;         // of finding out whether chains may be cut, and of the start
+  static constexpr float kProveStream = 22.f;   // the same before the streamed schedule
   // Of a chain in a walker of the streamed schedule that is one CTA, or two.
   static constexpr float kStreamStep[kMostSlices] = {1.62f, .94f};
   static constexpr float kStreamMake = 9.f;    // of a record in one of its groups of producers
   static constexpr float kStreamStart = 26.f;  // more than the fused kernel needs before it is at work
+  // Of joining segments: the first later one, each other, a chunk of any of them.
+  static constexpr float kJoin = 8.f, kJoinNext = 3.f, kJoinChunk = .02f;
 
   static KDA_HOST_DEVICE float fused(int64_t longest, int64_t chunks, int num_seqs, int heads, int sms) {
     int64_t const chains = int64_t(num_seqs) * heads;
@@ -123,6 +136,9 @@ struct Choice {
   }
   // `steps` of the walker that has most, `step` as above.
   static KDA_HOST_DEVICE float stream(float steps, float step) { return kStreamStart + steps * step; }
+  static KDA_HOST_DEVICE float join(int segments, int64_t chunks) {
+    return kJoin + kJoinNext * (segments - 2) + kJoinChunk * chunks;
+  }
   // Steps where `walkers` is a multiple of `heads` or divides it, and all sequences of a head go to as many of them.
   static KDA_HOST_DEVICE float packed_steps(int64_t longest, int64_t chunks, int heads, int walkers) {
     if (walkers <= heads) return float(heads / walkers) * chunks;
@@ -143,11 +159,49 @@ inline int64_t slot_count(CallShape const& call) {
 // Who walks chains, and what the call costs with them, were its sequences of `each` chunks.
 struct Walkers {
   int count = 0;   // 0: the streamed schedule can't do it
-  int slices = 1;  // CTAs of each
+  int slices = 1;  // CTAs of each, twice as many where it walks a later segment
   float step = 0.f, cost = 0.f;
+  Segments segments;
 
-  int ctas() const { return count * slices; }
+  int first() const { return count / segments.count; }  // that walk first segments, or chains
+  int ctas() const { return (2 * count - first()) * slices; }
 };
+
+// ---- the workspace: flags, carries, what segments leave, records
+constexpr int64_t kWorkspaceLimit = int64_t(208) << 20;
+// Of the workspace, in front: whether the fused kernel does the call, how many chains are dealt and, from
+// kForgottenBytes on, what was found about cuts or how many warps have handed over their part of a state.
+constexpr int64_t kFlagBytes = 4096, kForgottenBytes = 256;
+
+inline int64_t slot_bytes(int value_heads) { return int64_t(value_heads) * kRecordBytes; }
+inline int64_t carry_bytes(int value_heads) { return int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float); }
+
+// Slots whose records lie in the workspace beside flags and carries.
+inline int64_t slot_capacity(int64_t workspace_bytes, int value_heads) {
+  return std::max<int64_t>((workspace_bytes - kFlagBytes - 2 * carry_bytes(value_heads)) / slot_bytes(value_heads), 1);
+}
+// What a call asks for: at most the limit, or one chunk of every head where that is more; with `slots`, if more of them
+// are of no use.
+inline int64_t workspace_size(CallShape const& call, int64_t slots = INT64_MAX) {
+  int64_t const most = slot_capacity(kWorkspaceLimit, call.value_heads);
+  return std::min({slot_count(call), most, slots}) * slot_bytes(call.value_heads) + kFlagBytes +
+         2 * carry_bytes(call.value_heads);
+}
+
+// In front of the ring: of each walker the state where its segment ends, of those of later segments the map there, too, and
+// what a map has for outputs, a bf16 a token and channel.
+inline int64_t segments_bytes(Walkers const& walkers) {
+  int64_t const later = walkers.count - walkers.first();
+  if (later == 0) return 0;
+  return (walkers.count + later) * carry_bytes(1) +
+         later * walkers.segments.tokens() * kHeadDim * int64_t(sizeof(short));
+}
+// Records of each walker that the workspace holds.
+inline int ring_slots(CallShape const& call, Walkers const& walkers, int64_t workspace_bytes) {
+  int64_t const left = workspace_bytes - kFlagBytes - 2 * carry_bytes(call.value_heads) - segments_bytes(walkers);
+  return static_cast<int>(std::clamp<int64_t>(left / kRecordBytes, 0, kRingRecords) / walkers.count);
+}
+
 inline Walkers choose_walkers(CallShape const& call, int64_t each, int sms) {
   int64_t const chains = call.chains(), chunks = each * call.num_seqs;
   int64_t const records = slot_count(call) * call.value_heads;
@@ -167,8 +221,21 @@ inline Walkers choose_walkers(CallShape const& call, int64_t each, int sms) {
                   cost = Choice::stream(steps, step);
       // Two CTAs read each record twice, so there has to be something in it.
       float const most = slices > best.slices ? .95f * best.cost : best.cost;
-      if (best.count == 0 || cost < most) best = {count, slices, step, cost};
+      if (best.count == 0 || cost < most) best = {count, slices, step, cost, {}};
     }
+  if (!call.one_length() || call.invariant || best.count == 0) return best;
+  for (int segments = 2; segments * kLeastSegment <= each && segments * chains <= kMostWalkers; ++segments) {
+    Walkers walkers = {static_cast<int>(segments * chains), kMostSlices};
+    walkers.segments = {segments, static_cast<int>((each + segments - 1) / segments)};
+    int const team = kGroupsAnSm * (sms - walkers.ctas()) / walkers.count;
+    if (team < 1) break;
+    if ((segments - 1) * walkers.segments.chunks >= each) continue;  // fewer of this length do
+    if (ring_slots(call, walkers, workspace_size(call)) < kLeastRingSlots) continue;
+    walkers.step = std::max(Choice::kStreamStep[kMostSlices - 1], Choice::kStreamMake / team);
+    walkers.cost = Choice::stream(walkers.segments.chunks, walkers.step) +
+                   Choice::join(segments, (segments - 1) * walkers.segments.chunks * chains);
+    if (walkers.cost < (best.segments.count > 1 ? 1.f : .95f) * best.cost) best = walkers;
+  }
   return best;
 }
 
@@ -275,41 +342,17 @@ inline bool shares(CallShape const& call, int sms) {
 }
 
 // ---- the split schedule
-constexpr int64_t kWorkspaceLimit = int64_t(208) << 20;
-// Of the workspace, in front: whether the fused kernel does the call, how many chains are dealt and, from
-// kForgottenBytes on, what was found about cuts or how many warps have handed over their part of a state.
-constexpr int64_t kFlagBytes = 4096, kForgottenBytes = 256;
 static_assert(kFlagBytes - kForgottenBytes >= std::max<int64_t>(kMostCuts, kMostSharers * sizeof(int)));
 constexpr int64_t kLeastSlab = 64;     // slots, below which a slab is not worth its launches
 constexpr int64_t kMostSlots = 65535;  // of a launch: the second dimension of a grid
-
-inline int64_t slot_bytes(int value_heads) { return int64_t(value_heads) * kRecordBytes; }
-inline int64_t carry_bytes(int value_heads) { return int64_t(value_heads) * kHeadDim * kHeadDim * sizeof(float); }
-
-// Slots whose records lie in the workspace beside flags and carries.
-inline int64_t slot_capacity(int64_t workspace_bytes, int value_heads) {
-  return std::max<int64_t>((workspace_bytes - kFlagBytes - 2 * carry_bytes(value_heads)) / slot_bytes(value_heads), 1);
-}
-// What a call asks for: at most the limit, or one chunk of every head where that is more; with `slots`, if more of them
-// are of no use.
-inline int64_t workspace_size(CallShape const& call, int64_t slots = INT64_MAX) {
-  int64_t const most = slot_capacity(kWorkspaceLimit, call.value_heads);
-  return std::min({slot_count(call), most, slots}) * slot_bytes(call.value_heads) + kFlagBytes +
-         2 * carry_bytes(call.value_heads);
-}
 
 // What the schedules that a call may take do take of that.
 inline int64_t needed_workspace(CallShape const& call, Schedules const& schedules, int sms) {
   if (schedules.fused && !schedules.split && schedules.walkers.count == 0)
     return kFlagBytes + (shares(call, sms) ? carry_bytes(sms) : 0);
   if (schedules.walkers.count == 0) return workspace_size(call);
-  return workspace_size(call, (kRingRecords + call.value_heads - 1) / call.value_heads);
-}
-
-// Records of each walker that the workspace holds, in the streamed schedule.
-inline int ring_slots(CallShape const& call, int walkers, int64_t workspace_bytes) {
-  int64_t const records = slot_capacity(workspace_bytes, call.value_heads) * call.value_heads;
-  return static_cast<int>(std::min<int64_t>(records, kRingRecords) / walkers);
+  int64_t const ring = workspace_size(call, (kRingRecords + call.value_heads - 1) / call.value_heads);
+  return std::min(ring + segments_bytes(schedules.walkers), workspace_size(call));
 }
 
 // The slots go through the workspace in slabs: prepare fills one, recurrence empties it. With two buffers the prepare of

@@ -29,6 +29,23 @@ __device__ __forceinline__ void load_state(float (&s)[64], T const* state, bool 
     s[e + 1] = static_cast<float>(v_first ? state[v * kHeadDim + key + 1] : state[(key + 1) * kHeadDim + v]);
   });
 }
+// By one address and constant offsets: half the instructions, but registers that not every kernel has.
+template <class T>
+__device__ __forceinline__ void load_state_by_offsets(float (&s)[64], T const* state, bool v_first, int value,
+                                                      int lane) {
+  auto load = [&](int v_stride, int key_stride) {
+    T const* const own = state + value * v_stride + 2 * (lane & 3) * key_stride;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        s[4 * j + e] = static_cast<float>(own[(e / 2 * 8) * v_stride + (8 * j + e % 2) * key_stride]);
+  };
+  if (v_first)
+    load(kHeadDim, 1);
+  else
+    load(1, kHeadDim);
+}
 template <class T>
 __device__ __forceinline__ void store_state(float const (&s)[64], T* state, bool v_first, int value, int lane) {
   auto store = [&](int v_stride, int key_stride) {  // called with constants, so that one address serves all elements
@@ -145,17 +162,25 @@ struct StateLanes {
     own_offset = panel_offset(8 * (matrix >> 1) + (lane & 7), 2 * warp + (matrix & 1));
   }
 
+  template <bool kByOffsets = false>
   __device__ __forceinline__ void load_initial(float (&s)[64], StateParams const& p, int64_t offset) const {
-    load(s, p.initial, p.v_first, offset);
+    load<kByOffsets>(s, p.initial, p.v_first, offset);
   }
+  template <bool kByOffsets = false>
   __device__ __forceinline__ void load(float (&s)[64], StateView const& view, bool v_first, int64_t offset) const {
+    auto const from = [&](auto const* state) {
+      if constexpr (kByOffsets)
+        load_state_by_offsets(s, state + offset, v_first, value, lane);
+      else
+        load_state(s, state + offset, v_first, value, lane);
+    };
     if (view.data == nullptr || offset < 0) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) s[i] = 0.f;
     } else if (view.dtype == Dtype::kFp32) {
-      load_state(s, static_cast<float const*>(view.data) + offset, v_first, value, lane);
+      from(static_cast<float const*>(view.data));
     } else {
-      load_state(s, static_cast<bf16 const*>(view.data) + offset, v_first, value, lane);
+      from(static_cast<bf16 const*>(view.data));
     }
   }
   __device__ __forceinline__ void store_final(float const (&s)[64], StateParams const& p, int64_t offset) const {
@@ -182,6 +207,12 @@ struct StateLanes {
         s[8 * j + 4 + 2 * h + 1] *= decay.w;
       }
     }
+  }
+  __device__ __forceinline__ void set_identity(float (&s)[64]) const {
+    for_each_state_pair(lane, [&](int e, int dv, int key) {
+      s[e] = value + dv == key ? 1.f : 0.f;
+      s[e + 1] = value + dv == key + 1 ? 1.f : 0.f;
+    });
   }
   // beta V^T, as accumulator.
   __device__ __forceinline__ void seed_with_values(float (&w)[32], char const* v_panel, float const* betas) const {

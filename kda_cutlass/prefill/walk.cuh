@@ -1,4 +1,4 @@
-// Walk: a CTA walks its chains' chunks, one chain after another, carrying the state.
+// Walk: a CTA walks its chains' chunks, one chain after another, carrying the state. (Or a segment's of a chain, once.)
 //
 // With the record's operands (signs and scales folded in), S the state before the chunk and everything transposed so
 // that the value channels are the rows of every accumulator:
@@ -20,8 +20,9 @@
 
 namespace kda {
 
-constexpr int kAhead = 3;      // steps: values come to the L2 so much earlier
-constexpr int kTellEvery = 4;  // steps; oftener slows everyone (docs/kernel-notes.md)
+constexpr int kStreamThreads = 512;  // of a CTA of the streamed schedule
+constexpr int kAhead = 3;            // steps: values come to the L2 so much earlier
+constexpr int kTellEvery = 4;        // steps; oftener slows everyone (docs/kernel-notes.md)
 static_assert(kLeastRingSlots > kTellEvery, "or walkers and producers wait for each other");
 
 template <int kSlices>
@@ -67,25 +68,70 @@ struct WalkSmem {
   }
 };
 
+// What segments leave, to be joined. Later walkers are those of later segments.
+struct SegmentParams {
+  Segments segments;
+  float* states;  // [walkers][V][K]: where a segment ends, which has started from zero unless it is the first
+  float* maps;    // [later walkers][K][K]: what it makes of the state before it, columns first
+  // [later walkers][chunks][2] panels [token, key channel]: what that state, multiplied by it, adds to the outputs.
+  bf16* map_outputs;
+  CUtensorMap out_map;  // of the outputs, as that of the values
+
+  template <bool kSegments>
+  __device__ __forceinline__ float* end(bool map, Deal<kSegments> const& deal, int chain) const {
+    return map ? maps + (chain - deal.whole) * kStateElements : states + chain * kStateElements;
+  }
+};
+
+// Of a segment without tokens, by `threads` threads: it ends where it starts.
+__device__ __forceinline__ void keep_segment(StateParams const& p, float* end, int64_t from, bool map, int thread,
+                                             int threads) {
+  for (int i = thread; i < kHeadDim * kHeadDim; i += threads) {
+    int const row = i / kHeadDim, column = i % kHeadDim;
+    int64_t const offset = from + (p.v_first ? i : column * kHeadDim + row);
+    end[i] = map                                     ? (row == column ? 1.f : 0.f)
+             : p.initial.data == nullptr || from < 0 ? 0.f
+             : p.initial.dtype == Dtype::kFp32 ? static_cast<float const*>(p.initial.data)[offset]
+                                               : static_cast<float>(static_cast<bf16 const*>(p.initial.data)[offset]);
+  }
+}
+
+// Which walker a CTA is part of, and what it carries: a slice of the value channels of the state, or of a later segment's
+// map, which is walked like a state that begins as the identity and has no values.
+struct Walker {
+  int number, slice;
+  bool map;
+  __device__ __forceinline__ Walker(Ring const& ring, int slices, bool segments, int cta)
+      : number(cta / slices), slice(cta % slices), map(false) {
+    if (segments && number >= ring.first) {
+      int const behind = number - ring.first;
+      number = ring.first + behind / 2, map = behind % 2;
+    }
+  }
+  __device__ __forceinline__ int reader(Ring const& ring) const { return map ? ring.slices + slice : slice; }
+};
+
 // A chain as all warps of the CTA see it.
 struct Chain {
   int seq, head, batch, steps;
   int64_t first_token, length;
-  __device__ __forceinline__ Chain(Deal const& deal, int chain) : seq(deal.sequence(chain)), head(deal.head(chain)) {
-    batch = deal.sequences.batch(seq), first_token = deal.sequences.first_token(seq);
+  template <bool kSegments>
+  __device__ __forceinline__ Chain(Deal<kSegments> const& deal, int chain)
+      : seq(deal.sequence(chain)), head(deal.head(chain)) {
+    batch = deal.sequences.batch(seq), first_token = deal.first_token(chain);
     length = deal.length(chain);
     steps = __shfl_sync(0xffffffffu, static_cast<int>((length + kChunk - 1) / kChunk), 0);  // for the compiler's sake
   }
 };
 
 // One warp: of each step's record what is wanted first, and the values.
-template <int kSlices>
-__device__ __forceinline__ void feed_early(ValueParams const& p, Deal const& deal, Ring const& ring,
-                                           WalkSmem<kSlices>& smem, int walker, int slice, int lane) {
+template <int kSlices, bool kSegments>
+__device__ __forceinline__ void feed_early(ValueParams const& p, Deal<kSegments> const& deal, Ring const& ring,
+                                           WalkSmem<kSlices>& smem, Walker const& walker, int lane) {
   constexpr int kWarpgroups = WalkSmem<kSlices>::kWarpgroups, kWalkStages = WalkSmem<kSlices>::kWalkStages;
   uint32_t phases = (1u << kWalkStages) - 1;  // the first pass over the stages finds them empty
   int step = 0, known = 0;                    // steps before `known` are made
-  for (int number = walker; number < deal.chains; number += deal.walkers) {
+  for (int number = walker.number; number < deal.chains(); number += deal.walkers) {
     Chain const chain(deal, number);
     int64_t left = chain.length;
     int token = static_cast<int>(chain.first_token);
@@ -94,7 +140,7 @@ __device__ __forceinline__ void feed_early(ValueParams const& p, Deal const& dea
       auto& operands = smem.operands[stage];
       uint64_t* const full = &smem.early_full[stage];
       while (known <= step) {  // looks ahead, one step a lane
-        bool const made = lane < ring.slots && ring.is_made(walker, step + lane);
+        bool const made = lane < ring.slots && ring.is_made(walker.number, step + lane);
         uint32_t const missing = ~__ballot_sync(0xffffffffu, made);
         known = step + (missing != 0 ? __ffs(missing) - 1 : 32);
         if (known > step) fence_bulk_copies();
@@ -102,20 +148,22 @@ __device__ __forceinline__ void feed_early(ValueParams const& p, Deal const& dea
       EmptyBarrier::wait(&smem.early_empty[stage], phases >> stage & 1);
       phases ^= 1u << stage;
       if (lane == 0)
-        TransactionBarrier::arrive_and_expect_tx(full,
-                                                 sizeof(operands.k_decayed) + sizeof(ChunkFactors) + sizeof(smem.v[0]));
+        TransactionBarrier::arrive_and_expect_tx(
+            full, sizeof(operands.k_decayed) + sizeof(ChunkFactors) + (walker.map ? 0 : sizeof(smem.v[0])));
       __syncwarp();
+      if (!walker.map) {
 #pragma unroll
-      for (int w = 0; w < kWarpgroups; ++w)
-        request_values(p.map, p.token_map, p.tensor_tokens, full, smem.v[stage][w], token, left,
-                       slice * kWarpgroups + w, chain.head, chain.batch, lane);
-      if (lane == 0 && left > kAhead * kChunk)
         for (int w = 0; w < kWarpgroups; ++w)
-          cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&p.map, 0, token + kAhead * kChunk, slice * kWarpgroups + w,
-                                                 chain.head, chain.batch);
+          request_values(p.map, p.token_map, p.tensor_tokens, full, smem.v[stage][w], token, left,
+                         walker.slice * kWarpgroups + w, chain.head, chain.batch, lane);
+        if (lane == 0 && left > kAhead * kChunk)
+          for (int w = 0; w < kWarpgroups; ++w)
+            cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&p.map, 0, token + kAhead * kChunk, walker.slice * kWarpgroups + w,
+                                                   chain.head, chain.batch);
+      }
       if (lane == 0) {
         EmptyBarrier::arrive(&smem.made[stage]);
-        Record const& record = ring.records[ring.slot(walker, step)];
+        Record const& record = ring.records[ring.slot(walker.number, step)];
         cute::SM90_BULK_COPY_G2S::copy(record.k_decayed, full, operands.k_decayed, sizeof(operands.k_decayed));
         cute::SM90_BULK_COPY_G2S::copy(&record.factors, full, &smem.factors[stage], sizeof(ChunkFactors));
       }
@@ -125,13 +173,13 @@ __device__ __forceinline__ void feed_early(ValueParams const& p, Deal const& dea
 }
 
 // One warp: the rest of it.
-template <int kSlices>
-__device__ __forceinline__ void feed_late(Deal const& deal, Ring const& ring, WalkSmem<kSlices>& smem, int walker,
-                                          int lane) {
+template <int kSlices, bool kSegments>
+__device__ __forceinline__ void feed_late(Deal<kSegments> const& deal, Ring const& ring, WalkSmem<kSlices>& smem,
+                                          Walker const& walker, int lane) {
   constexpr int kWalkStages = WalkSmem<kSlices>::kWalkStages;
   uint32_t empty_phases = (1u << kWalkStages) - 1, made_phases = 0;
   int step = 0;
-  for (int number = walker; number < deal.chains; number += deal.walkers) {
+  for (int number = walker.number; number < deal.chains(); number += deal.walkers) {
     Chain const chain(deal, number);
     for (int i = 0; i < chain.steps; ++i, ++step) {
       int const stage = i % kWalkStages;
@@ -144,7 +192,7 @@ __device__ __forceinline__ void feed_late(Deal const& deal, Ring const& ring, Wa
       EmptyBarrier::wait(&smem.made[stage], made_phases >> stage & 1);
       made_phases ^= 1u << stage;
       if (lane == 0) {
-        Record const& record = ring.records[ring.slot(walker, step)];
+        Record const& record = ring.records[ring.slot(walker.number, step)];
         constexpr int kLate = kRecordPanelBytes - sizeof(operands.k_decayed);
         TransactionBarrier::arrive_and_expect_tx(full, kLate);
         cute::SM90_BULK_COPY_G2S::copy(record.q_decayed, full, operands.q_decayed, kLate);
@@ -155,23 +203,36 @@ __device__ __forceinline__ void feed_late(Deal const& deal, Ring const& ring, Wa
 }
 
 // One warp: a warpgroup's outputs, 128 bytes a token.
-template <int kSlices>
-__device__ __forceinline__ void write_outputs(ValueParams const& p, Deal const& deal, WalkSmem<kSlices>& smem,
-                                              int walker, int slice, int w, int lane) {
-  constexpr int kWarpgroups = WalkSmem<kSlices>::kWarpgroups;
+template <int kSlices, bool kSegments>
+__device__ __forceinline__ void write_outputs(ValueParams const& p, Deal<kSegments> const& deal,
+                                              SegmentParams const& left, WalkSmem<kSlices>& smem, Walker const& walker,
+                                              int w, int lane) {
+  constexpr int kWarpgroups = WalkSmem<kSlices>::kWarpgroups, kPanelUnits = 64 * kPanelRowBytes / sizeof(uint4);
   int const unit = lane % 8;
   int written = 0;
-  for (int number = walker; number < deal.chains; number += deal.walkers) {
+  for (int number = walker.number; number < deal.chains(); number += deal.walkers) {
     Chain const chain(deal, number);
+    int const panel = walker.slice * kWarpgroups + w;
     bf16* out = p.out.data + p.out.stride_batch * chain.batch + p.out.stride_token * (chain.first_token + lane / 8) +
-                p.out.stride_head * chain.head + kValueTile * (slice * kWarpgroups + w) + 8 * unit;
+                p.out.stride_head * chain.head + kValueTile * panel + 8 * unit;
+    uint4* map =
+        reinterpret_cast<uint4*>(left.map_outputs + (number - deal.whole) * deal.segments.tokens() * kHeadDim) +
+        panel * kPanelUnits + lane;
     int64_t tokens = chain.length;
     for (int i = 0; i < chain.steps; ++i, ++written, tokens -= kChunk) {
       EmptyBarrier::wait(&smem.out_full[w], written & 1);
+      if (walker.map) {
 #pragma unroll 4
-      for (int row = lane / 8; row < kChunk; row += 4, out += 4 * p.out.stride_token)
-        if (row < tokens)
-          __stcs(reinterpret_cast<uint4*>(out), *reinterpret_cast<uint4 const*>(smem.out[w] + panel_offset(row, unit)));
+        for (int i = 0; i < kPanelUnits; i += 32)
+          map[i] = *reinterpret_cast<uint4 const*>(smem.out[w] + (i + lane) * sizeof(uint4));
+        map += 2 * kPanelUnits;
+      } else {
+#pragma unroll 4
+        for (int row = lane / 8; row < kChunk; row += 4, out += 4 * p.out.stride_token)
+          if (row < tokens)
+            __stcs(reinterpret_cast<uint4*>(out),
+                   *reinterpret_cast<uint4 const*>(smem.out[w] + panel_offset(row, unit)));
+      }
       EmptyBarrier::arrive(&smem.out_empty[w]);
       if (w == 0 && written % kTellEvery == 0) {  // where there are outputs, the whole record has come
         EmptyBarrier::wait(&smem.told, written / kTellEvery & 1 ^ 1);
@@ -184,15 +245,15 @@ __device__ __forceinline__ void write_outputs(ValueParams const& p, Deal const& 
 
 // One warp: tells the producers what has been taken. To tell is to fence, which takes longer than a step: who writes
 // outputs has no time for it.
-template <int kSlices>
-__device__ __forceinline__ void tell_taken(Deal const& deal, Ring const& ring, WalkSmem<kSlices>& smem, int walker,
-                                           int slice, int lane) {
+template <int kSlices, bool kSegments>
+__device__ __forceinline__ void tell_taken(Deal<kSegments> const& deal, Ring const& ring, WalkSmem<kSlices>& smem,
+                                           Walker const& walker, int lane) {
   int step = 0;
-  for (int number = walker; number < deal.chains; number += deal.walkers) {
+  for (int number = walker.number; number < deal.chains(); number += deal.walkers) {
     for (int const end = step + Chain(deal, number).steps; step < end; ++step) {
       if (step % kTellEvery != 0) continue;
       EmptyBarrier::wait(&smem.taken, step / kTellEvery & 1);
-      if (lane == 0) ring.tell_taken(walker, slice, step + 1);
+      if (lane == 0) ring.tell_taken(walker.number, walker.reader(ring), step + 1);
       __syncwarp();
       EmptyBarrier::arrive(&smem.told);
     }
@@ -200,11 +261,12 @@ __device__ __forceinline__ void tell_taken(Deal const& deal, Ring const& ring, W
 }
 
 // The CTA's warpgroups.
-template <int kSlices>
-__device__ __forceinline__ void carry_states(ValueParams const& p, Deal const& deal, WalkSmem<kSlices>& smem,
-                                             int walker, int slice, int warpgroup, int warp, int lane) {
+template <int kSlices, bool kSegments>
+__device__ __forceinline__ void carry_states(ValueParams const& p, Deal<kSegments> const& deal,
+                                             SegmentParams const& left, WalkSmem<kSlices>& smem, Walker const& walker,
+                                             int warpgroup, int warp, int lane) {
   constexpr int kWarpgroups = WalkSmem<kSlices>::kWarpgroups, kWalkStages = WalkSmem<kSlices>::kWalkStages;
-  int const first_value = kValueTile * (slice * kWarpgroups + warpgroup);
+  int const first_value = kValueTile * (walker.slice * kWarpgroups + warpgroup);
   StateLanes const lanes(first_value, warp, lane);
   float s[64], w[32], o[32], v_new[32];
   uint32_t s_operand[32], w_operand[16], v_operand[16], o_packed[16];
@@ -222,17 +284,23 @@ __device__ __forceinline__ void carry_states(ValueParams const& p, Deal const& d
     phases ^= 1u << stage;
   };
 #pragma unroll 1
-  for (int number = walker; number < deal.chains; number += deal.walkers) {
+  for (int number = walker.number; number < deal.chains(); number += deal.walkers) {
     Chain const chain(deal, number);
     int const seq = chain.seq, head = chain.head, steps = chain.steps;
     if (steps == 0) {
-      int const part = slice * kWarpgroups + warpgroup, thread = 128 * part + 32 * warp + lane;
-      p.out.store_zeros(deal.sequences, seq, head, thread, 256);
-      keep_state(p.state, seq, head, thread, 256);
+      int const part = walker.slice * kWarpgroups + warpgroup, thread = 128 * part + 32 * warp + lane;
+      if (number < deal.whole) p.out.store_zeros(deal.sequences, seq, head, thread, 256);
+      if constexpr (!kSegments)
+        keep_state(p.state, seq, head, thread, 256);
+      else
+        keep_segment(p.state, left.end(walker.map, deal, number),
+                     number < deal.whole ? initial_offset(p.state, seq, head) : -1, walker.map, thread, 256);
       continue;
     }
     // Nothing that only this needs is to be kept from chain to chain: ptxas would spill.
-    StateLanes(first_value, warp, recomputed(lane)).load_initial(s, p.state, initial_offset(p.state, seq, head));
+    StateLanes const here(first_value, warp, recomputed(lane));
+    here.load_initial<true>(s, p.state, number < deal.whole ? initial_offset(p.state, seq, head) : -1);
+    if (walker.map) here.set_identity(s);
     pack_operand(s_operand, s);
     wait_early(0);
     lanes.seed_with_values(w, smem.v[0][warpgroup], smem.factors[0].beta);
@@ -300,27 +368,47 @@ __device__ __forceinline__ void carry_states(ValueParams const& p, Deal const& d
         if (first + stage < steps) step(stage, first + stage);
       });
     hand_out();
-    lanes.store_final(s, p.state, final_offset(p.state, seq, head));
+    if constexpr (!kSegments)
+      lanes.store_final(s, p.state, final_offset(p.state, seq, head));
+    else
+      store_state(s, left.end(walker.map, deal, number), true, lanes.value, lane);
   }
 }
 
+// Once it has walked: all warps have as many registers again.
+__device__ __forceinline__ void even_registers(int warp) {
+  if (warp < 8)
+    cutlass::arch::warpgroup_reg_dealloc<128>();
+  else
+    cutlass::arch::warpgroup_reg_alloc<128>();
+}
+
 // A CTA: a walker, or the half of one.
-template <int kSlices>
-__device__ __forceinline__ void walk_chains(ValueParams const& p, Deal const& deal, Ring const& ring,
-                                            WalkSmem<kSlices>& smem, int walker, int slice, int warp, int lane) {
+template <int kSlices, bool kSegments>
+__device__ __forceinline__ void walk_chains(ValueParams const& p, Deal<kSegments> const& deal,
+                                            SegmentParams const& left, Ring const& ring, WalkSmem<kSlices>& smem,
+                                            Walker const& walker, int warp, int lane) {
   constexpr int kWarpgroups = WalkSmem<kSlices>::kWarpgroups;
   if (threadIdx.x == 0) smem.init();
   if (threadIdx.x < kHeadDim) smem.ones[threadIdx.x] = 1.f;
+  if (walker.map)
+    for (int i = threadIdx.x; i < sizeof(smem.v) / sizeof(uint4); i += kStreamThreads)
+      reinterpret_cast<uint4*>(smem.v)[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   if (warp < 8) {
     cutlass::arch::warpgroup_reg_alloc<216>();
-    if (warp < 4 * kWarpgroups) carry_states(p, deal, smem, walker, slice, warp / 4, warp % 4, lane);
+    if (warp < 4 * kWarpgroups) carry_states(p, deal, left, smem, walker, warp / 4, warp % 4, lane);
   } else {
     cutlass::arch::warpgroup_reg_dealloc<40>();
-    if (warp == 8) feed_early(p, deal, ring, smem, walker, slice, lane);
+    if (warp == 8) feed_early(p, deal, ring, smem, walker, lane);
     if (warp == 11) feed_late(deal, ring, smem, walker, lane);
-    if (warp == 9 || warp == 8 + kWarpgroups) write_outputs(p, deal, smem, walker, slice, warp - 9, lane);
-    if (warp == 12) tell_taken(deal, ring, smem, walker, slice, lane);
+    if (warp == 9 || warp == 8 + kWarpgroups) write_outputs(p, deal, left, smem, walker, warp - 9, lane);
+    if (warp == 12) tell_taken(deal, ring, smem, walker, lane);
+  }
+  if constexpr (kSegments) {
+    fence_bulk_copies();
+    __syncthreads();
+    if (threadIdx.x == 0) add_release(&ring.flags->ended, 1);
   }
 }
 

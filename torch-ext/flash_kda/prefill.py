@@ -89,11 +89,20 @@ def workspace_size(batch: int, tokens: int, num_sequences: int, value_heads: int
 
 @functools.lru_cache(maxsize=1 << 12)
 def needed_workspace(
-    batch: int, tokens: int, num_sequences: int, value_heads: int, packed: bool, checkpoints: bool, device: torch.device
+    batch: int,
+    tokens: int,
+    num_sequences: int,
+    value_heads: int,
+    packed: bool,
+    checkpoints: bool,
+    batch_invariant: bool,
+    device: torch.device,
 ) -> int:
     """Bytes that the schedules of such a call on ``device`` take, never more than :func:`workspace_size`."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return ops.prefill_workspace_needed(tokens, batch, num_sequences, value_heads, packed, checkpoints, sms)
+    return ops.prefill_workspace_needed(
+        tokens, batch, num_sequences, value_heads, packed, checkpoints, batch_invariant, sms
+    )
 
 
 def _environment() -> tuple:
@@ -229,7 +238,8 @@ def run(
     if workspace is None:
         checkpoints = states is not None and states.checkpoint_state is not None
         packed = cu_seqlens is not None
-        size = needed_workspace(B, T, call.num_sequences, HV, packed, checkpoints, q.device)
+        invariant = call.batch_invariant
+        size = needed_workspace(B, T, call.num_sequences, HV, packed, checkpoints, invariant, q.device)
         workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     else:
         workspace = workspace[-workspace.data_ptr() % WORKSPACE_ALIGNMENT :]
