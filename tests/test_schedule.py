@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_kda import CUT, HALVED, SEGMENTS, SHARED, SLABS, STREAMED
+from test_kda import CUT, HALVED, HANDED_ON, SEGMENTS, SHARED, SLABS, STREAMED
 
 SCHEDULE = Path(__file__).parents[1] / "kda_cutlass" / "prefill" / "schedule.h"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -22,7 +22,7 @@ ASK = r"""
 #include <cstdio>
 #include <utility>
 #include "schedule.h"
-int main() {  // a call a line, as follows
+int main() {  // a call a line: what is read below
   long long tokens, workspace, longest, chunks;
   int batch, num_seqs, heads, packed, checkpoints, invariant, sms;
   while (std::scanf("%lld %d %d %d %d %d %d %lld %d %lld %lld", &tokens, &batch, &num_seqs, &heads, &packed,
@@ -272,6 +272,13 @@ def test_what_the_tests_of_cut_chains_call(ask):
     answers = [ask(sizes["HV"], tokens=sizes["T"], batch=sizes["B"]) for sizes in CUT]
     assert all(answer["pieces"] > 1 for answer in answers)
     assert [(answer["slices"], answer["segments"]) for answer in answers] == [(2, 2), (2, 1), (1, 1)]  # behind
+
+
+def test_what_the_test_of_states_that_are_handed_on_calls(ask):
+    tokens, heads = HANDED_ON
+    answer = ask(heads, tokens=tokens)
+    assert answer["pieces"] > 1 and 64 * answer["piece_chunks"] == 320
+    assert answer["walkers"] and answer["segments"] == 1  # whose bits are those of the whole
 
 
 def test_what_the_test_of_slabs_calls(ask):
