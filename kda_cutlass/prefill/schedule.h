@@ -225,7 +225,9 @@ inline Walkers choose_walkers(CallShape const& call, int64_t each, int sms) {
     }
   if (!call.one_length() || call.invariant || best.count == 0) return best;
   for (int segments = 2; segments * kLeastSegment <= each && segments * chains <= kMostWalkers; ++segments) {
-    Walkers walkers = {static_cast<int>(segments * chains), kMostSlices};
+    Walkers walkers;
+    walkers.count = static_cast<int>(segments * chains);
+    walkers.slices = kMostSlices;
     walkers.segments = {segments, static_cast<int>((each + segments - 1) / segments)};
     int const team = kGroupsAnSm * (sms - walkers.ctas()) / walkers.count;
     if (team < 1) break;

@@ -1,6 +1,6 @@
 // Stream: walkers (walk.cuh) carry the states of chains, the other CTAs make their records (produce.cuh), which go
-// through a ring in the L2 (ring.cuh). They wait for each other, so all must run at once: a cooperative launch of one
-// CTA an SM.
+// through a ring in the L2 (ring.cuh). Where chains were walked in segments, all of them join these in the end (join.cuh).
+// They wait for each other, so all must run at once: a cooperative launch of one CTA an SM.
 #pragma once
 
 #include "join.cuh"
