@@ -179,6 +179,19 @@ struct RawBeta {
   }
 };
 
+// What turns a gate into log decays, of channels 2 lane and 2 lane + 1 of a warp's half of them.
+template <Gate kGate>
+struct GateParameters {
+  float rate = 1.f;
+  float2 dt_bias = make_float2(0.f, 0.f);
+  __device__ __forceinline__ GateParameters(ChunkParams const& p, int head, int warp, int lane) {
+    if (kGate == Gate::kGiven) return;
+    if (p.A_log != nullptr) rate = exp2f(p.A_log[head] * kLog2e);
+    if (p.dt_bias != nullptr)
+      dt_bias = __ldg(reinterpret_cast<float2 const*>(p.dt_bias + head * kHeadDim + 64 * (warp / kBlocks) + 2 * lane));
+  }
+};
+
 struct FloatPair {
   float x, y;
   __device__ __forceinline__ FloatPair operator*(FloatPair b) const { return {x * b.x, y * b.y}; }
@@ -463,9 +476,10 @@ __device__ __forceinline__ bool sync_chunk_warps_and(int barrier, bool vote) {
 // which gives the TokenScales of `token` and the one 8 after it, for one lane a token with `tells`.
 template <Gate kGate, bool kFp32Gate, class F, class G, class N>
 __device__ __forceinline__ void make_factors(Product& q_product, Product& k_product, ChunkParams const& p,
-                                             ChunkPlace at, FactorPanels const& panels, FactorScratch& scratch,
-                                             ChunkFactors& factors, int barrier, int warp, int lane, F&& before_runs,
-                                             G&& before_scratch, N&& scales) {
+                                             ChunkPlace at, GateParameters<kGate> const& gate,
+                                             FactorPanels const& panels, FactorScratch& scratch, ChunkFactors& factors,
+                                             int barrier, int warp, int lane, F&& before_runs, G&& before_scratch,
+                                             N&& scales) {
   int const block = factor_block(warp), half = warp / kBlocks;
   int const row = lane >> 2, column = 2 * (lane & 3), matrix = lane >> 3;
   int const token = kBlock * block + row;         // a lane's tokens are this one and 8 after it
@@ -484,11 +498,8 @@ __device__ __forceinline__ void make_factors(Product& q_product, Product& k_prod
   FloatPair sums[kBlock];  // first the gate
   bool tame;
   {
-    float const rate = kGate != Gate::kGiven && p.A_log != nullptr ? exp2f(p.A_log[at.head] * kLog2e) : 1.f;
-    float2 dt_bias = make_float2(0.f, 0.f);
-    if (kGate != Gate::kGiven && p.dt_bias != nullptr)
-      dt_bias = __ldg(reinterpret_cast<float2 const*>(p.dt_bias + at.head * kHeadDim + channel));
-    LogDecay<kGate> const x_decay(rate, p.lower_bound, dt_bias.x), y_decay(rate, p.lower_bound, dt_bias.y);
+    LogDecay<kGate> const x_decay(gate.rate, p.lower_bound, gate.dt_bias.x),
+        y_decay(gate.rate, p.lower_bound, gate.dt_bias.y);
     if constexpr (kFp32Gate) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {

@@ -158,19 +158,15 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   bool constexpr kCut = kDealing == Dealing::kCut, kShared = kDealing == Dealing::kShared;
   int const items = chains * (kCut ? p.cut.pieces : kShared ? Portion::kPieces : 1);
   if (!kCut && p.dealt != nullptr) measure(smem, sequences);  // chains that are cut have one length
-  if (p.taken != nullptr) {
-    bool pays;
-    if constexpr (kCut) {
-      wait_for_previous_kernel();
-      pays = p.forgotten.holds(threadIdx.x, kFusedThreads);
-    } else {
-      pays = Choice::fused_pays(smem.longest, smem.chunks, sequences.num_seqs, value_heads, p.walkers, p.walker_step,
-                                p.sms);
-    }
-    if (blockIdx.x == 0) {
-      if (threadIdx.x == 0) *p.taken = pays;
-      if (!pays && p.walkers > 0) p.flags->clear(threadIdx.x, kFusedThreads);
-    }
+  auto const tell = [&](bool pays) {
+    if (blockIdx.x != 0) return;
+    if (threadIdx.x == 0) *p.taken = pays;
+    if (!pays && p.walkers > 0) p.flags->clear(threadIdx.x, kFusedThreads);
+  };
+  if (!kCut && p.taken != nullptr) {
+    bool const pays =
+        Choice::fused_pays(smem.longest, smem.chunks, sequences.num_seqs, value_heads, p.walkers, p.walker_step, p.sms);
+    tell(pays);
     if (!pays) return wait_for_previous_kernel();  // or a kernel behind this one could start before that has ended
   }
   if (threadIdx.x == 0) {
@@ -190,12 +186,6 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     reinterpret_cast<uint4*>(smem.t)[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   if (!kCut && !smem.in_turn) order_by_length(smem, sequences);
-
-  if (warp >= 8) {
-    cutlass::arch::warpgroup_reg_dealloc<88>();
-    return make_all_factors<kGate, kFp32Gate>(p.chunk, pipe, warp - 8, lane,
-                                              [&](int n) -> FactorStage& { return smem.stages[n % kStages]; });
-  }
 
   // By a warp: finds the n-th chunk of this CTA.
   auto const find = [&](int n) {
@@ -274,6 +264,40 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
     request_panels(p.chunk.g_map, &pipe.gate_loaded[stage], pipe.factor_scratch.fp32_gate[0], at, at.head);
   };
 
+  bool const requests = warp == 7;
+  if (kShared || (requests && !smem.in_turn)) wait_for_previous_kernel();  // counters are 0 from here on
+  if (requests) {
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) find(i);  // both places, before any of the others learns of the first
+#pragma unroll 1
+    for (int i = 0; i < (kCut ? 1 : kStages); ++i) {
+      request_first(i);
+      request_rest(i);
+    }
+    if (kFp32Gate && lane == 0 && pipe.places[0].tokens > 0) request_fp32_gate(0);
+    __syncwarp();
+  }
+  if constexpr (kCut) {  // the first chunk is under way by then
+    wait_for_previous_kernel();
+    bool const pays = p.forgotten.holds(threadIdx.x, kFusedThreads);
+    tell(pays);
+    if (!pays) {
+      if (pipe.places[0].tokens == 0) return;
+      TransactionBarrier::wait(&pipe.gate_loaded[0], 0);
+      return TransactionBarrier::wait(&pipe.loaded[0], 0);
+    }
+    if (requests) {
+      request_first(1);
+      request_rest(1);
+    }
+  }
+
+  if (warp >= 8) {
+    cutlass::arch::warpgroup_reg_dealloc<88>();
+    return make_all_factors<kGate, kFp32Gate>(p.chunk, pipe, warp - 8, lane,
+                                              [&](int n) -> FactorStage& { return smem.stages[n % kStages]; });
+  }
+
   // ---- solve, and carry the state
   cutlass::arch::warpgroup_reg_alloc<168>();
   int const warpgroup = warp / 4;
@@ -282,20 +306,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
   // Of 16 tokens the one whose outputs a pair of lanes stores: eight lanes' reads from the panel meet in no bank.
   auto const out_row = [](uint32_t lane) { return lane / 16 * 8 + lane % 8 / 2 * 2 + lane / 8 % 2; };
   float s[64];
-  bool const requests = warp == 7;
-  if (kShared || (requests && !smem.in_turn)) wait_for_previous_kernel();  // counters are 0 from here on
   int n = 0;
-  if (requests) {
-#pragma unroll 1
-    for (int i = 0; i < kStages; ++i) find(i);  // both places, before any of the others learns of the first
-#pragma unroll 1
-    for (int i = 0; i < kStages; ++i) {
-      request_first(i);
-      request_rest(i);
-    }
-    if (kFp32Gate && lane == 0 && pipe.places[0].tokens > 0) request_fp32_gate(0);
-    __syncwarp();
-  }
   if (warpgroup == 1) {
     TransactionBarrier::wait(&pipe.gate_loaded[0], 0);  // the place is there
     find_chunk_norms(p.chunk, pipe, smem.stages[0], 0, warp, recomputed(lane));

@@ -82,8 +82,9 @@ __device__ __forceinline__ void make_all_factors(ChunkParams const& p, Pipeline&
     Product q_product, k_product;
     FactorPanels const panels = panels_of(stage_of(n));
     make_factors<kGate, kFp32Gate>(
-        q_product, k_product, p, at, panels, pipe.factor_scratch, pipe.factors[s], kFactorBarrier, recomputed(warp),
-        recomputed(lane), wait_for_all,  // the runs of the chunk before lie where this one's go
+        q_product, k_product, p, at, {p, at.head, recomputed(warp), recomputed(lane)}, panels, pipe.factor_scratch,
+        pipe.factors[s], kFactorBarrier, recomputed(warp), recomputed(lane),
+        wait_for_all,  // the runs of the chunk before lie where this one's go
         [&] { EmptyBarrier::wait(&pipe.multiplied, (n & 1) ^ 1); },
         [&](int token, bool tells) {
           TransactionBarrier::wait(&pipe.loaded[recomputed(n) % kStages], n / kStages & 1);

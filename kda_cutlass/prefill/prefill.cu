@@ -1,11 +1,10 @@
-// Host side of the prefill: tensor maps and launches.
+// Host side of the prefill: tensor maps, and the launches of all kernels but the streamed ones (stream.cu).
 #include <cuda.h>
-#include <cuda_runtime.h>
 
 #include <algorithm>
 
-#include "../device.h"
 #include "fused.cuh"
+#include "launch.h"
 #include "prepare.cuh"
 #include "prove.cuh"
 #include "recurrence.cuh"
@@ -54,56 +53,6 @@ cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <auto kKernel>
-cudaError_t allow_shared_memory(size_t bytes) {
-  return once_a_device([=] {
-    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  });
-}
-
-enum class Start {
-  kAlone,    // when the kernel before it in the stream has ended
-  kOverlap,  // once all CTAs of that one have let it (sm90.cuh)
-  kAtOnce,   // alone, and all its CTAs at once, or not at all
-};
-
-template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t smem_bytes, Start start, Params const& params,
-                   cudaStream_t stream) {
-  cudaLaunchAttribute attribute;
-  if (start == Start::kAtOnce) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = smem_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = start == Start::kAlone ? 0 : 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
-
-// Calls f(gate, fp32) with the call's gate mode and type of g as constants.
-template <class F>
-cudaError_t for_gate(PrefillParams const& p, F&& f) {
-  auto with_type = [&](auto gate) {
-    return p.g_dtype == Dtype::kFp32 ? f(gate, std::true_type{}) : f(gate, std::false_type{});
-  };
-  switch (p.gate) {
-    case Gate::kSoftplus:
-      return with_type(std::integral_constant<Gate, Gate::kSoftplus>{});
-    case Gate::kLowerBound:
-      return with_type(std::integral_constant<Gate, Gate::kLowerBound>{});
-    default:
-      return with_type(std::integral_constant<Gate, Gate::kGiven>{});
-  }
-}
-
 template <Gate kGate, bool kFp32Gate>
 cudaError_t launch_prepare(PrepareParams const& params, Start start, cudaStream_t stream) {
   auto constexpr kKernel = prepare_kernel<kGate, kFp32Gate>;
@@ -124,18 +73,10 @@ cudaError_t launch_fused(FusedParams const& params, int sms, Start start, cudaSt
 
 template <Gate kGate, bool kFp32Gate>
 cudaError_t launch_prove(ProveParams const& params, cudaStream_t stream) {
+  auto constexpr kKernel = prove_kernel<kGate, kFp32Gate>;
+  if (cudaError_t const error = once_a_device([=] { return prefer_shared_memory(kKernel); })) return error;
   dim3 const grid(params.chunk.value_heads, params.chunk.sequences.num_seqs, params.cut.pieces - 1);
-  return launch(prove_kernel<kGate, kFp32Gate>, grid, kProofThreads, 0, Start::kAlone, params, stream);
-}
-
-template <Gate kGate, bool kFp32Gate, int kSlices, bool kSegments = false>
-cudaError_t launch_stream(StreamParams const& params, int sms, cudaStream_t stream) {
-  auto constexpr kKernel = stream_kernel<kGate, kFp32Gate, kSlices, kSegments>;
-  constexpr size_t kSmem = sizeof(StreamSmem<kSlices, kSegments>);
-  if (cudaError_t const error = allow_shared_memory<kKernel>(kSmem)) return error;
-  if (params.taken == nullptr)  // else the fused kernel has cleared them
-    if (cudaError_t const error = cudaMemsetAsync(params.ring.flags, 0, sizeof(RingFlags), stream)) return error;
-  return launch(kKernel, dim3(sms), kStreamThreads, kSmem, Start::kAtOnce, params, stream);
+  return launch(kKernel, grid, kProofThreads, 0, Start::kAlone, params, stream);
 }
 
 template <int kWarpgroups, bool kCheckpoints>
@@ -182,7 +123,7 @@ cudaError_t launch_pieces(PrefillParams const& p, PrepareParams prepare, Recurre
     recurrence.sequences = {nullptr, false, count, 1, p.tokens, pieces};
     prepare.chunk.sequences = recurrence.sequences;
     prepare.slab = recurrence.slab = {0, count, records, nullptr, nullptr};
-    cudaError_t error = for_gate(p, [&](auto gate, auto fp32) {
+    cudaError_t error = for_gate(p.gate, p.g_dtype == Dtype::kFp32, [&](auto gate, auto fp32) {
       return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, Start::kAlone, stream);
     });
     if (error != cudaSuccess) return error;
@@ -264,7 +205,7 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
   if (cuts) {
     forgotten = {static_cast<uint8_t*>(p.workspace) + kForgottenBytes, p.num_seqs * p.value_heads * (cut.pieces - 1)};
     ProveParams const prove = {chunk, p.k, p.g, p.state, cut, forgotten};
-    cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
+    cudaError_t const error = for_gate(p.gate, p.g_dtype == Dtype::kFp32, [&](auto gate, auto fp32) {
       return launch_prove<decltype(gate)::value, decltype(fp32)::value>(prove, stream);
     });
     if (error != cudaSuccess) return error;
@@ -292,7 +233,7 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
                                 cut,
                                 forgotten,
                                 {handed_over, reinterpret_cast<float*>(carries)}};
-    cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
+    cudaError_t const error = for_gate(p.gate, p.g_dtype == Dtype::kFp32, [&](auto gate, auto fp32) {
       auto constexpr kGate = decltype(gate)::value;
       auto constexpr kFp32 = decltype(fp32)::value;
       auto* const launch_it = dealing == Dealing::kCut      ? launch_fused<kGate, kFp32, Dealing::kCut>
@@ -319,14 +260,7 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
                                  {reinterpret_cast<Record*>(records + segments_bytes(chosen)), ring_flags, walkers,
                                   slots, chosen.first(), chosen.slices},
                                  {walkers, p.value_heads, sms - chosen.ctas()}};
-    cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
-      auto constexpr kGate = decltype(gate)::value;
-      auto constexpr kFp32 = decltype(fp32)::value;
-      auto* const launch_it = segments             ? launch_stream<kGate, kFp32, 2, true>
-                              : chosen.slices == 1 ? launch_stream<kGate, kFp32, 1>
-                                                   : launch_stream<kGate, kFp32, 2>;
-      return launch_it(params, sms, stream);
-    });
+    cudaError_t const error = launch_stream(p.gate, fp32_gate, params, sms, stream);
     // The process may have been given fewer SMs than the device has.
     if (error != cudaErrorCooperativeLaunchTooLarge) return error;
     cudaGetLastError();
@@ -343,7 +277,7 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
     bool const overlaps = index > 0 ? slabs.buffers == 2 : cuts;
     Start const start = overlaps ? Start::kOverlap : Start::kAlone;
     if (slab.end > slab.begin) {
-      cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
+      cudaError_t const error = for_gate(p.gate, p.g_dtype == Dtype::kFp32, [&](auto gate, auto fp32) {
         return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, start, stream);
       });
       if (error != cudaSuccess) return error;

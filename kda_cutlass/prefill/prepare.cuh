@@ -47,11 +47,6 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
   Sequences const& sequences = p.chunk.sequences;
   FactorPanels const panels = {smem.panels[0], smem.panels[0], smem.panels[2], smem.panels[4]};
   SolvePanels const solved = {smem.solved[0], smem.solved[1]};
-  if (threadIdx.x == 0) {
-    TransactionBarrier::init(&smem.loaded, 1);
-    cutlass::arch::fence_barrier_init();
-  }
-  __syncthreads();
   // ---- which chunk, which head
   int const head = blockIdx.x, row = blockIdx.y, slot = p.slab.begin + row;
   int const seq = sequences.owner(slot, lane);
@@ -63,6 +58,8 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
   Record& record = p.slab.records[int64_t(row) * p.chunk.value_heads + head];
 
   if (threadIdx.x == 0) {
+    TransactionBarrier::init(&smem.loaded, 1);
+    cutlass::arch::fence_barrier_init();
     TransactionBarrier::arrive_and_expect_tx(&smem.loaded, kGateBytes<kFp32Gate> + kKeyBytes);
     request_panels(p.chunk.g_map, &smem.loaded, kFp32Gate ? smem.factor_scratch.fp32_gate[0] : panels.gate, at,
                    at.head);
@@ -72,13 +69,22 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
   bool const of_q = warp < kBlocks;
   RawBeta beta;
   if (!of_q) beta.load(p.chunk, at, block, lane);
+  GateParameters<kGate> const gate(p.chunk, head, warp, lane);
+  __syncthreads();
   TransactionBarrier::wait(&smem.loaded, 0);
   Product q_product, k_product, below[2];
   make_factors<kGate, kFp32Gate>(
-      q_product, k_product, p.chunk, at, panels, smem.factor_scratch, smem.factors, 1, warp, lane,
+      q_product, k_product, p.chunk, at, gate, panels, smem.factor_scratch, smem.factors, 1, warp, lane,
       [&] { scale_tokens(smem.factor_scratch, smem.factors, p.chunk, at, panels, beta, warp, lane); }, [] {},
       [&](int token, bool) { return read_scales(smem.factor_scratch, token); });
+  cutlass::arch::fence_view_async_shared();
   __syncthreads();
+  if (threadIdx.x == 0) {  // the operands leave at once: all CTAs' records at the end would be a queue
+    cute::SM90_BULK_COPY_S2G::copy(smem.panels, record.k_decayed, sizeof(smem.panels));
+    cute::SM90_BULK_COPY_S2G::copy(&smem.factors, &record.factors, sizeof(ChunkFactors));
+    cute::tma_store_arrive();
+  }
+  __syncwarp();
   SolveRole const role(warp);
   multiply_below(below, role, smem.factor_scratch, lane);
   __syncthreads();
@@ -91,9 +97,7 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
   if (threadIdx.x == 0) {
     static_assert(offsetof(Record, t) == sizeof(PrepareSmem::panels) &&
                   offsetof(Record, a_qk) == offsetof(Record, t) + kPanelBytes);
-    cute::SM90_BULK_COPY_S2G::copy(smem.panels, record.k_decayed, sizeof(smem.panels));
     cute::SM90_BULK_COPY_S2G::copy(smem.solved, record.t, 2 * kPanelBytes);
-    cute::SM90_BULK_COPY_S2G::copy(&smem.factors, &record.factors, sizeof(ChunkFactors));
     cute::tma_store_arrive();
     cute::tma_store_wait<0>();
   }

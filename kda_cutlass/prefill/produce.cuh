@@ -128,16 +128,18 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal<kSegments> co
     if (at.tokens == 0) break;
     Product q_product, k_product, below[2];
     make_factors<kGate, kFp32Gate>(
-        q_product, k_product, p, at, panels, smem.factor_scratch, smem.factors, barrier, recomputed(warp),
-        recomputed(lane),
+        q_product, k_product, p, at, {p, at.head, recomputed(warp), recomputed(lane)}, panels, smem.factor_scratch,
+        smem.factors, barrier, recomputed(warp), recomputed(lane),
         [&] {
           TransactionBarrier::wait(&smem.keys_loaded, phase);
           scale_tokens(smem.factor_scratch, smem.factors, p, at, panels, beta, warp, lane);
         },
-        [&] { EmptyBarrier::wait(&smem.stored, phase ^ 1); },
+        [&] {
+          if (leads) tell_made();  // its warp would wait for the others at the end of the factors
+          __syncwarp();
+          EmptyBarrier::wait(&smem.stored, phase ^ 1);
+        },
         [&](int token, bool) { return read_scales(smem.factor_scratch, token); });
-    if (leads) tell_made();  // its warp would wait for the others here
-    __syncwarp();
     cutlass::arch::fence_view_async_shared();
     sync_chunk_warps(barrier);
     if (turn.step == share.first) let_second_start();

@@ -66,12 +66,6 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   auto& smem = *reinterpret_cast<RecurrenceSmem<kWarpgroups>*>(smem_bytes);
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  // The records and carried states are there, and the recurrence of the slab before has ended: the next prepare, which
-  // takes its buffer, may start.
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  if (p.taken != nullptr && *p.taken) return;
-
   // ---- which sequence, head and slice of value channels; which of its chunks lie in this slab
   int const slice = blockIdx.x % Shape::kSlices;
   int const head = blockIdx.x / Shape::kSlices % p.value_heads;
@@ -82,7 +76,15 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   int const end = max(min(p.slab.end - slot_base, chunks), begin);
   // Pieces that lead to checkpoints have no outputs, and nothing to do without tokens.
   bool const only_state = chunks == 0 && p.slab.begin == 0 && p.sequences.pieces == nullptr;
-  if (begin == end && !only_state) return;
+  // The kernel before makes records. Where a sequence begins, nothing else is its work, so only who asks for records waits
+  // until it has ended, and does what it can before.
+  bool const begins = begin == 0 && end > 0 && p.taken == nullptr;
+  if (!begins) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    if (p.taken != nullptr && *p.taken) return;
+    if (begin == end && !only_state) return;
+  }
   if (only_state && slice == 0) p.values.out.store_zeros(p.sequences, seq, head, threadIdx.x, Shape::kThreads);
 
   if (threadIdx.x == 0) {
@@ -110,21 +112,40 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
       // ---- producer: one record and its values a stage
       Record const* record = p.slab.records + int64_t(slot_base + begin - p.slab.begin) * p.value_heads + head;
       int stage = 0, phase = 1;  // the first pass over the ring finds it empty
+      auto const expect = [&](int i) {
+        if (lane == 0) TransactionBarrier::arrive_and_expect_tx(&smem.full[i], kRecordBytes + sizeof(smem.v[0]));
+        __syncwarp();
+      };
+      int early = 0;  // chunks whose values are asked for before there are records: whole ones
+      if (begins) {
+        early = static_cast<int>(min(length / kChunk, int64_t(min(steps, Shape::kStages))));
+        for (int i = 0; i < early; ++i) {
+          expect(i);
+          for (int w = 0; w < kWarpgroups; ++w)
+            request_whole_values(p.values.map, &smem.full[i], smem.v[i][w],
+                                 static_cast<int>(first_chunk_token) + i * kChunk, slice * kWarpgroups + w, head, batch,
+                                 lane);
+        }
+        wait_for_previous_kernel();
+        let_next_kernel_start();
+      }
       for (int i = 0; i < steps; ++i, record += p.value_heads) {
         int const token = static_cast<int>(first_chunk_token) + i * kChunk;
         int const tokens = static_cast<int>(min(first_token + length - token, int64_t(kChunk)));
         uint64_t* const full = &smem.full[stage];
         EmptyBarrier::wait(&smem.empty[stage], phase);
+        if (i >= early) expect(stage);
         if (lane == 0) {
-          TransactionBarrier::arrive_and_expect_tx(full, kRecordBytes + sizeof(smem.v[0]));
           cute::SM90_BULK_COPY_G2S::copy(record, full, &smem.operands[stage], kRecordPanelBytes);
           cute::SM90_BULK_COPY_G2S::copy(&record->factors, full, &smem.factors[stage], sizeof(ChunkFactors));
         }
         __syncwarp();
+        if (i >= early) {
 #pragma unroll
-        for (int w = 0; w < kWarpgroups; ++w)
-          request_values(p.values.map, p.values.token_map, p.values.tensor_tokens, full, smem.v[stage][w], token,
-                         tokens, slice * kWarpgroups + w, head, batch, lane);
+          for (int w = 0; w < kWarpgroups; ++w)
+            request_values(p.values.map, p.values.token_map, p.values.tensor_tokens, full, smem.v[stage][w], token,
+                           tokens, slice * kWarpgroups + w, head, batch, lane);
+        }
         if (++stage == Shape::kStages) stage = 0, phase ^= 1;
       }
     } else if (warp <= 4 * kWarpgroups + kWarpgroups) {

@@ -117,7 +117,7 @@ struct Choice {
   static constexpr float kSplitRecord = .035f;  // more for each that is prepared beside it
   static constexpr float kSplitStart = 10.f;    // more than the fused kernel needs before it is at work
   static constexpr float kProve = 12.f;         // of finding out whether chains may be cut, and of the start
-  static constexpr float kProveStream = 22.f;   // the same before the streamed schedule
+  static constexpr float kProveStream = 16.f;   // the same before the streamed schedule
   // Of a chain in a walker of the streamed schedule that is one CTA, or two.
   static constexpr float kStreamStep[kMostSlices] = {1.62f, .94f};
   static constexpr float kStreamMake = 9.f;    // of a record in one of its groups of producers
@@ -277,9 +277,9 @@ inline Schedules choose_schedules(CallShape const& call, int sms) {
     if (call.one_length()) {
       CutChoice const choice = choose_cut(call.chains(), each, sms);
       float const cost = (streams ? Choice::kProveStream : Choice::kProve) + Choice::kFusedChunk * choice.chunks;
-      // Gates that remember pay for the look at them, so there has to be something in it.
+      // Gates that remember pay some 10 us for the look at them, so there has to be something in it.
       float const whole = streams ? walkers.cost : split_cost;
-      if (cost < std::max(.8f * whole, whole - 60.f)) cut = choice.cut;
+      if (cost < std::max({.8f * whole, whole - 60.f, std::min(.9f * whole, whole - 40.f)})) cut = choice.cut;
     }
     return {false, !streams, streams ? walkers : Walkers{}, cut};
   }

@@ -17,6 +17,9 @@ struct StreamParams {
   Teams teams;
 };
 
+// Of a gate mode and type of g; in stream.cu.
+cudaError_t launch_stream(Gate gate, bool fp32_gate, StreamParams const& params, int sms, cudaStream_t stream);
+
 static_assert(kStreamThreads == kGroupsAnSm * kChunkThreads);
 
 template <int kSlices, bool kSegments>

@@ -16,6 +16,7 @@
 #include <cuda.h>
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "chunk.cuh"
 #include "ring.cuh"
 
 namespace kda {
