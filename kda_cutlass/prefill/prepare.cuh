@@ -21,7 +21,7 @@ struct PrepareSmem {
     };
   };
   alignas(16) ChunkFactors factors;
-  alignas(8) uint64_t loaded;
+  alignas(8) uint64_t gate_loaded, keys_loaded;
 };
 static_assert(sizeof(PrepareSmem) <= 113 * 1024, "two CTAs an SM");
 
@@ -58,12 +58,14 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
   Record& record = p.slab.records[int64_t(row) * p.chunk.value_heads + head];
 
   if (threadIdx.x == 0) {
-    TransactionBarrier::init(&smem.loaded, 1);
+    TransactionBarrier::init(&smem.gate_loaded, 1);
+    TransactionBarrier::init(&smem.keys_loaded, 1);
     cutlass::arch::fence_barrier_init();
-    TransactionBarrier::arrive_and_expect_tx(&smem.loaded, kGateBytes<kFp32Gate> + kKeyBytes);
-    request_panels(p.chunk.g_map, &smem.loaded, kFp32Gate ? smem.factor_scratch.fp32_gate[0] : panels.gate, at,
+    TransactionBarrier::arrive_and_expect_tx(&smem.gate_loaded, kGateBytes<kFp32Gate>);
+    request_panels(p.chunk.g_map, &smem.gate_loaded, kFp32Gate ? smem.factor_scratch.fp32_gate[0] : panels.gate, at,
                    at.head);
-    request_keys(p.chunk, at, &smem.loaded, panels);
+    TransactionBarrier::arrive_and_expect_tx(&smem.keys_loaded, kKeyBytes);
+    request_keys(p.chunk, at, &smem.keys_loaded, panels);
   }
   int const block = warp % kBlocks;
   bool const of_q = warp < kBlocks;
@@ -71,12 +73,15 @@ __global__ void __launch_bounds__(kChunkThreads, 2) prepare_kernel(const __grid_
   if (!of_q) beta.load(p.chunk, at, block, lane);
   GateParameters<kGate> const gate(p.chunk, head, warp, lane);
   __syncthreads();
-  TransactionBarrier::wait(&smem.loaded, 0);
+  TransactionBarrier::wait(&smem.gate_loaded, 0);
   Product q_product, k_product, below[2];
   make_factors<kGate, kFp32Gate>(
       q_product, k_product, p.chunk, at, gate, panels, smem.factor_scratch, smem.factors, 1, warp, lane,
-      [&] { scale_tokens(smem.factor_scratch, smem.factors, p.chunk, at, panels, beta, warp, lane); }, [] {},
-      [&](int token, bool) { return read_scales(smem.factor_scratch, token); });
+      [&] {
+        TransactionBarrier::wait(&smem.keys_loaded, 0);
+        scale_tokens(smem.factor_scratch, smem.factors, p.chunk, at, panels, beta, warp, lane);
+      },
+      [] {}, [&](int token, bool) { return read_scales(smem.factor_scratch, token); });
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
   if (threadIdx.x == 0) {  // the operands leave at once: all CTAs' records at the end would be a queue

@@ -42,8 +42,9 @@ struct RecurrenceSmem {
   alignas(1024) char v[Shape::kStages][kWarpgroups][64 * kPanelRowBytes];  // [token, value channel]
   alignas(1024) char out[kWarpgroups][64 * kPanelRowBytes];                // [token, value channel]
   alignas(16) ChunkFactors factors[Shape::kStages];
-  alignas(16) float no_decay[kHeadDim];  // ones, for after the last chunk
-  alignas(8) uint64_t full[Shape::kStages];
+  alignas(16) float no_decay[kHeadDim];           // ones, for after the last chunk
+  alignas(8) uint64_t full[Shape::kStages];       // k_decayed, factors and values, which are read first
+  alignas(8) uint64_t late_full[Shape::kStages];  // the rest
   alignas(8) uint64_t empty[Shape::kStages];
   alignas(8) uint64_t out_full[kWarpgroups];
   alignas(8) uint64_t out_empty[kWarpgroups];
@@ -90,6 +91,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < Shape::kStages; ++s) {
       TransactionBarrier::init(&smem.full[s], 1);
+      TransactionBarrier::init(&smem.late_full[s], 1);
       EmptyBarrier::init(&smem.empty[s], 128 * kWarpgroups);  // threads, not warps: racecheck follows no warp barrier
     }
     for (int w = 0; w < kWarpgroups; ++w) {
@@ -112,8 +114,10 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
       // ---- producer: one record and its values a stage
       Record const* record = p.slab.records + int64_t(slot_base + begin - p.slab.begin) * p.value_heads + head;
       int stage = 0, phase = 1;  // the first pass over the ring finds it empty
+      constexpr int kEarly = sizeof(smem.operands[0].k_decayed), kLate = kRecordPanelBytes - kEarly;
       auto const expect = [&](int i) {
-        if (lane == 0) TransactionBarrier::arrive_and_expect_tx(&smem.full[i], kRecordBytes + sizeof(smem.v[0]));
+        if (lane == 0)
+          TransactionBarrier::arrive_and_expect_tx(&smem.full[i], kEarly + sizeof(ChunkFactors) + sizeof(smem.v[0]));
         __syncwarp();
       };
       int early = 0;  // chunks whose values are asked for before there are records: whole ones
@@ -136,8 +140,11 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
         EmptyBarrier::wait(&smem.empty[stage], phase);
         if (i >= early) expect(stage);
         if (lane == 0) {
-          cute::SM90_BULK_COPY_G2S::copy(record, full, &smem.operands[stage], kRecordPanelBytes);
+          cute::SM90_BULK_COPY_G2S::copy(record->k_decayed, full, smem.operands[stage].k_decayed, kEarly);
           cute::SM90_BULK_COPY_G2S::copy(&record->factors, full, &smem.factors[stage], sizeof(ChunkFactors));
+          TransactionBarrier::arrive_and_expect_tx(&smem.late_full[stage], kLate);
+          cute::SM90_BULK_COPY_G2S::copy(record->q_decayed, &smem.late_full[stage], smem.operands[stage].q_decayed,
+                                         kLate);
         }
         __syncwarp();
         if (i >= early) {
@@ -207,6 +214,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
     cute::warpgroup_commit_batch();
 
     if (i > 0) hand_out(i - 1);
+    TransactionBarrier::wait(&smem.late_full[stage], phase);
 
     fence_registers(o);
     cute::warpgroup_arrive();

@@ -90,16 +90,21 @@ __device__ __forceinline__ int64_t final_offset(StateParams const& p, int seq, i
   return slot < 0 ? -1 : slot * p.final.stride + head * kHeadDim * kHeadDim;
 }
 
+// An element of the state that starts at initial_offset().
+__device__ __forceinline__ float initial_element(StateParams const& p, int64_t offset, int element) {
+  if (p.initial.data == nullptr || offset < 0) return 0.f;
+  return p.initial.dtype == Dtype::kFp32
+             ? static_cast<float const*>(p.initial.data)[offset + element]
+             : static_cast<float>(static_cast<bf16 const*>(p.initial.data)[offset + element]);
+}
+
 // Of a sequence without tokens, by `threads` threads: its state, [K, V] or [V, K], goes from where it starts to where
 // it ends.
 __device__ __forceinline__ void keep_state(StateParams const& p, int seq, int head, int thread, int threads) {
   int64_t const from = initial_offset(p, seq, head), to = final_offset(p, seq, head);
   if (p.final.data == nullptr || to < 0) return;
   for (int i = thread; i < kHeadDim * kHeadDim; i += threads) {
-    float const x = p.initial.data == nullptr || from < 0 ? 0.f
-                    : p.initial.dtype == Dtype::kFp32
-                        ? static_cast<float const*>(p.initial.data)[from + i]
-                        : static_cast<float>(static_cast<bf16 const*>(p.initial.data)[from + i]);
+    float const x = initial_element(p, from, i);
     if (p.final.dtype == Dtype::kFp32)
       static_cast<float*>(p.final.data)[to + i] = x;
     else
@@ -108,7 +113,7 @@ __device__ __forceinline__ void keep_state(StateParams const& p, int seq, int he
 }
 
 // By a warp: the values of a chunk, 64 channels of one head, as a panel [token, value channel]. `map` gives boxes of one
-// panel of 64 tokens, `token_map` of one token.
+// panel of 64 tokens, `token_map` of one token. First of a chunk that is whole.
 __device__ __forceinline__ void request_whole_values(CUtensorMap const& map, uint64_t* full, char* values, int token,
                                                      int panel, int head, int batch, int lane) {
   if (lane == 0) cute::SM90_TMA_LOAD_5D::copy(&map, full, kStreamed, values, 0, token, panel, head, batch);

@@ -89,11 +89,7 @@ __device__ __forceinline__ void keep_segment(StateParams const& p, float* end, i
                                              int threads) {
   for (int i = thread; i < kHeadDim * kHeadDim; i += threads) {
     int const row = i / kHeadDim, column = i % kHeadDim;
-    int64_t const offset = from + (p.v_first ? i : column * kHeadDim + row);
-    end[i] = map                                     ? (row == column ? 1.f : 0.f)
-             : p.initial.data == nullptr || from < 0 ? 0.f
-             : p.initial.dtype == Dtype::kFp32 ? static_cast<float const*>(p.initial.data)[offset]
-                                               : static_cast<float>(static_cast<bf16 const*>(p.initial.data)[offset]);
+    end[i] = map ? (row == column ? 1.f : 0.f) : initial_element(p, from, p.v_first ? i : column * kHeadDim + row);
   }
 }
 
