@@ -219,6 +219,10 @@ def test_few_chains_have_walkers_of_two_ctas(ask, heads, slices):
         (8, [65536], 16),
         (32, [131072], 4),
         (64, [16384], 2),
+        (64, [8192], 2),  # by a tenth and 40 us
+        (16, [16384], 8),
+        (48, [8192], 1),
+        (32, [2048], 1),
         (32, [8192], 1),  # streamed: less to be gained than a look costs
         (8, [2048], 1),
         (96, [8192], 1),
