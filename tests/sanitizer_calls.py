@@ -157,7 +157,7 @@ if __name__ == "__main__":
     call(1, 1, T=3390, gate="softplus")  # streamed, in three segments
     call(1, 2, B=2, N=2, T=3390, state=torch.bfloat16, v_first=True)
     call(64, 64, T=820)  # streamed, two chains a walker
-    call(48, 48, T=1100)  # streamed, with spare groups
+    call(48, 48, T=1100)  # streamed, groups of producers go from walker to walker
     call(20, 20, T=1400)  # streamed, two CTAs a walker
     call(70, 70, B=2, N=2, T=200)  # chains shared by two CTAs
     lengths = torch.tensor([600, *[1] * 7], device="cuda")  # too unequal for the fused kernel

@@ -98,7 +98,8 @@ STREAMED = [
     dict(B=1, T=1025, H=13, HV=65),
     dict(B=2, T=1500, H=10, HV=40),
     dict(B=1, T=2048, H=32, HV=32),
-    dict(B=1, T=1300, H=48, HV=48),  # with spare groups of producers
+    dict(B=1, T=1300, H=48, HV=48),  # groups of producers go from walker to walker
+    dict(B=4, T=1300, H=11, HV=11),  # 44 walkers, which have different sequences and groups of their own
 ]
 # The same with two CTAs a walker: fewer chains yet.
 HALVED = [

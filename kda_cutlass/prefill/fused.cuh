@@ -65,6 +65,7 @@ struct ChunkWalk {
   int turn;                 // where chains are shared
   int item, chunk, chunks;  // item: -1 in a turn without one
   int64_t first_token, length;
+  int batch, head, silent;  // of the item
 };
 // What is walked at a stretch: a chain, or a piece of one where they are cut or shared. First all chains' first pieces;
 // of shared ones 0 is the whole, 1 the front, which is handed over, and 2 the rest.
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       smem.shared = p.dealt == nullptr || smem.longest * sequences.num_seqs == smem.chunks;
       if (smem.shared) smem.portion = deal_portion(chains, each, blockIdx.x, gridDim.x);
     }
-    smem.walk = {-1, static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x), 0, 0, 0, 0};
+    smem.walk = {-1, static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x), 0, 0, 0, 0, 0, 0, 0};
   }
   for (int i = threadIdx.x; i < 2 * kPanelBytes / 16; i += kFusedThreads)  // above the diagonal blocks they stay zero
     reinterpret_cast<uint4*>(smem.t)[i] = make_uint4(0, 0, 0, 0);
@@ -209,15 +210,15 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
       walk.first_token = sequences.first_token(item.seq) + item.begin;
       walk.length = item.tokens();
       walk.chunk = 0, walk.chunks = static_cast<int>((walk.length + kChunk - 1) / kChunk);
+      walk.batch = sequences.batch(item.seq), walk.head = item.head, walk.silent = item.silent;
     }
     ChunkPlace at = {0, 0, 0, 0};
     int shown = 0;
     if (walk.item < items) {
       int64_t const start = int64_t(walk.chunk) * kChunk;
-      Item<kDealing> const item(p, smem.portion, walk.item, chains);
-      at = {walk.first_token + start, static_cast<int>(min(walk.length - start, int64_t(kChunk))),
-            sequences.batch(item.seq), item.head};
-      shown = start < item.silent ? 0 : at.tokens;
+      at = {walk.first_token + start, static_cast<int>(min(walk.length - start, int64_t(kChunk))), walk.batch,
+            walk.head};
+      shown = start < walk.silent ? 0 : at.tokens;
     }
     ++walk.chunk;
     __syncwarp();
@@ -416,7 +417,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_kernel(const __grid_co
 #pragma unroll
       for (int j = 0; j < 4; ++j, out += 16 * p.values.out.stride_token)
         if (static_cast<int>(out_row(here)) + 16 * j < shown)
-          *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4 const*>(row + 16 * j * kPanelRowBytes);
+          __stcs(reinterpret_cast<uint4*>(out), *reinterpret_cast<uint4 const*>(row + 16 * j * kPanelRowBytes));
       cutlass::arch::fence_view_async_shared();  // the next values come over what was written here
       EmptyBarrier::arrive(&pipe.empty[stage]);
       if (requests) request_rest(n + kStages);

@@ -53,6 +53,12 @@ cudaError_t encode_boxes(CUtensorMap& map, TensorView const& view, PrefillParams
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+bool has_fp32_gate(PrefillParams const& p) { return p.g_dtype == Dtype::kFp32; }
+template <class F>
+cudaError_t for_gate(PrefillParams const& p, F&& f) {
+  return for_gate(p.gate, has_fp32_gate(p), f);
+}
+
 template <Gate kGate, bool kFp32Gate>
 cudaError_t launch_prepare(PrepareParams const& params, Start start, cudaStream_t stream) {
   auto constexpr kKernel = prepare_kernel<kGate, kFp32Gate>;
@@ -123,7 +129,7 @@ cudaError_t launch_pieces(PrefillParams const& p, PrepareParams prepare, Recurre
     recurrence.sequences = {nullptr, false, count, 1, p.tokens, pieces};
     prepare.chunk.sequences = recurrence.sequences;
     prepare.slab = recurrence.slab = {0, count, records, nullptr, nullptr};
-    cudaError_t error = for_gate(p.gate, p.g_dtype == Dtype::kFp32, [&](auto gate, auto fp32) {
+    cudaError_t error = for_gate(p, [&](auto gate, auto fp32) {
       return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, Start::kAlone, stream);
     });
     if (error != cudaSuccess) return error;
@@ -178,7 +184,7 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
   ValueParams values = {{}, {}, p.state, out, static_cast<int>(std::max<int64_t>(p.tokens, 1))};
   if (cudaError_t const error = encode_boxes(chunk.q_map, p.q, p, p.heads, kChunk, 2)) return error;
   if (cudaError_t const error = encode_boxes(chunk.k_map, p.k, p, p.heads, kChunk, 2)) return error;
-  bool const fp32_gate = p.g_dtype == Dtype::kFp32;
+  bool const fp32_gate = has_fp32_gate(p);
   if (cudaError_t const error = encode_boxes(chunk.g_map, p.g, p, p.value_heads, kChunk, fp32_gate ? 4 : 2, fp32_gate))
     return error;
   if (cudaError_t const error = encode_boxes(values.map, p.v, p, p.value_heads, kChunk, 1)) return error;
@@ -205,7 +211,7 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
   if (cuts) {
     forgotten = {static_cast<uint8_t*>(p.workspace) + kForgottenBytes, p.num_seqs * p.value_heads * (cut.pieces - 1)};
     ProveParams const prove = {chunk, p.k, p.g, p.state, cut, forgotten};
-    cudaError_t const error = for_gate(p.gate, p.g_dtype == Dtype::kFp32, [&](auto gate, auto fp32) {
+    cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
       return launch_prove<decltype(gate)::value, decltype(fp32)::value>(prove, stream);
     });
     if (error != cudaSuccess) return error;
@@ -233,7 +239,7 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
                                 cut,
                                 forgotten,
                                 {handed_over, reinterpret_cast<float*>(carries)}};
-    cudaError_t const error = for_gate(p.gate, p.g_dtype == Dtype::kFp32, [&](auto gate, auto fp32) {
+    cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
       auto constexpr kGate = decltype(gate)::value;
       auto constexpr kFp32 = decltype(fp32)::value;
       auto* const launch_it = dealing == Dealing::kCut      ? launch_fused<kGate, kFp32, Dealing::kCut>
@@ -277,7 +283,7 @@ cudaError_t launch_prefill(PrefillParams const& p, Schedules const& schedules, c
     bool const overlaps = index > 0 ? slabs.buffers == 2 : cuts;
     Start const start = overlaps ? Start::kOverlap : Start::kAlone;
     if (slab.end > slab.begin) {
-      cudaError_t const error = for_gate(p.gate, p.g_dtype == Dtype::kFp32, [&](auto gate, auto fp32) {
+      cudaError_t const error = for_gate(p, [&](auto gate, auto fp32) {
         return launch_prepare<decltype(gate)::value, decltype(fp32)::value>(prepare, start, stream);
       });
       if (error != cudaSuccess) return error;

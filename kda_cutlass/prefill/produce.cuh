@@ -29,6 +29,9 @@ struct ProducerSmem {
     EmptyBarrier::init(&stored, 1);
     cutlass::arch::fence_barrier_init();
   }
+  __device__ __forceinline__ void invalidate() {  // by one thread, once all are done
+    for (uint64_t* barrier : {&gate_loaded, &keys_loaded, &stored}) EmptyBarrier::invalidate(barrier);
+  }
 };
 static_assert(sizeof(ProducerSmem) <= 113 * 1024 + 512, "two groups an SM");
 static_assert(sizeof(SolveScratch) <= 2 * kPanelBytes &&
@@ -45,7 +48,7 @@ struct StepPlace {
   // Before the first advance(), which is by 0.
   template <bool kSegments>
   __device__ __forceinline__ StepPlace(Deal<kSegments> const& deal, Share const& share)
-      : chain(share.walker - deal.walkers), head(0), left(-int64_t(share.first) * kChunk), at{} {}
+      : chain(share.walker - deal.walkers), head(0), left(-int64_t(share.step) * kChunk), at{} {}
 
   template <bool kSegments>
   __device__ __forceinline__ void advance(Deal<kSegments> const& deal, int steps) {
@@ -98,8 +101,8 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal<kSegments> co
     request_gate();
     request_rest();
   }
-  Share::Turn untold = {0, -1, 0};  // whose record has left without the walker's knowing; no step: none
-  int taken = 0;                    // records that the walker has taken, at least
+  Share::Turn untold = {0, -1};  // whose record has left without the walker's knowing; no step: none
+  int taken = 0;                 // records that the walker has taken, at least
   auto const tell_made = [&] {
     if (untold.step < 0) return;
     wait_stored();
@@ -142,10 +145,9 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal<kSegments> co
         [&](int token, bool) { return read_scales(smem.factor_scratch, token); });
     cutlass::arch::fence_view_async_shared();
     sync_chunk_warps(barrier);
-    if (turn.step == share.first) let_second_start();
+    if (turn.step == share.step) let_second_start();
     Record& record = ring.records[ring.slot(turn.walker, turn.step)];
     if (leads) {  // the operands leave at once
-      if (share.moves) taken = 0;
       while (!ring.is_free(taken, turn.walker, turn.step)) __nanosleep(40);
       static_assert(offsetof(Record, t) == sizeof(ProducerSmem::panels) &&
                     offsetof(Record, a_qk) == offsetof(Record, t) + kPanelBytes);
@@ -167,6 +169,10 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal<kSegments> co
       if (leads) {
         Share::Turn const later = share.next(turn);
         find_next(later.step - turn.step, later.walker);
+        if (share.moves()) {
+          taken = 0;
+          ring.is_free(taken, later.walker, later.step);  // which takes a while
+        }
         if constexpr (!kFp32Gate) {
           request_gate();
           cute::tma_store_wait<0>();  // the operands are read
@@ -184,7 +190,8 @@ __device__ __forceinline__ void produce(ChunkParams const& p, Deal<kSegments> co
       untold = turn;
       cute::tma_store_wait<0>();
       EmptyBarrier::arrive(&smem.stored);
-      if constexpr (kFp32Gate) {  // whose gate takes the place of more than is free earlier
+      if (turn.step == 0 && ring.slices > 1) tell_made();  // a walker waits for it, and is what bounds such calls
+      if constexpr (kFp32Gate) {                           // whose gate takes the place of more than is free earlier
         request_gate();
         request_rest();
       }

@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
   int const end = max(min(p.slab.end - slot_base, chunks), begin);
   // Pieces that lead to checkpoints have no outputs, and nothing to do without tokens.
   bool const only_state = chunks == 0 && p.slab.begin == 0 && p.sequences.pieces == nullptr;
-  // The kernel before makes records. Where a sequence begins, nothing else is its work, so only who asks for records waits
-  // until it has ended, and does what it can before.
+  // The kernel before makes records. Where a sequence begins, nothing else that it writes is read here, so only who asks
+  // for records waits until it has ended, and does what it can before.
   bool const begins = begin == 0 && end > 0 && p.taken == nullptr;
   if (!begins) {
     wait_for_previous_kernel();
@@ -115,21 +115,21 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
       Record const* record = p.slab.records + int64_t(slot_base + begin - p.slab.begin) * p.value_heads + head;
       int stage = 0, phase = 1;  // the first pass over the ring finds it empty
       constexpr int kEarly = sizeof(smem.operands[0].k_decayed), kLate = kRecordPanelBytes - kEarly;
-      auto const expect = [&](int i) {
+      auto const request_values_of = [&](int i, int stage, auto tokens) {
         if (lane == 0)
-          TransactionBarrier::arrive_and_expect_tx(&smem.full[i], kEarly + sizeof(ChunkFactors) + sizeof(smem.v[0]));
+          TransactionBarrier::arrive_and_expect_tx(&smem.full[stage],
+                                                   kEarly + sizeof(ChunkFactors) + sizeof(smem.v[0]));
         __syncwarp();
+#pragma unroll
+        for (int w = 0; w < kWarpgroups; ++w)
+          request_values(p.values.map, p.values.token_map, p.values.tensor_tokens, &smem.full[stage], smem.v[stage][w],
+                         static_cast<int>(first_chunk_token) + i * kChunk, tokens, slice * kWarpgroups + w, head, batch,
+                         lane);
       };
       int early = 0;  // chunks whose values are asked for before there are records: whole ones
       if (begins) {
         early = static_cast<int>(min(length / kChunk, int64_t(min(steps, Shape::kStages))));
-        for (int i = 0; i < early; ++i) {
-          expect(i);
-          for (int w = 0; w < kWarpgroups; ++w)
-            request_whole_values(p.values.map, &smem.full[i], smem.v[i][w],
-                                 static_cast<int>(first_chunk_token) + i * kChunk, slice * kWarpgroups + w, head, batch,
-                                 lane);
-        }
+        for (int i = 0; i < early; ++i) request_values_of(i, i, std::integral_constant<int, kChunk>{});
         wait_for_previous_kernel();
         let_next_kernel_start();
       }
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
         int const tokens = static_cast<int>(min(first_token + length - token, int64_t(kChunk)));
         uint64_t* const full = &smem.full[stage];
         EmptyBarrier::wait(&smem.empty[stage], phase);
-        if (i >= early) expect(stage);
+        if (i >= early) request_values_of(i, stage, tokens);
         if (lane == 0) {
           cute::SM90_BULK_COPY_G2S::copy(record->k_decayed, full, smem.operands[stage].k_decayed, kEarly);
           cute::SM90_BULK_COPY_G2S::copy(&record->factors, full, &smem.factors[stage], sizeof(ChunkFactors));
@@ -147,12 +147,6 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
                                          kLate);
         }
         __syncwarp();
-        if (i >= early) {
-#pragma unroll
-          for (int w = 0; w < kWarpgroups; ++w)
-            request_values(p.values.map, p.values.token_map, p.values.tensor_tokens, full, smem.v[stage][w], token,
-                           tokens, slice * kWarpgroups + w, head, batch, lane);
-        }
         if (++stage == Shape::kStages) stage = 0, phase ^= 1;
       }
     } else if (warp <= 4 * kWarpgroups + kWarpgroups) {
@@ -167,7 +161,8 @@ __global__ void __launch_bounds__(RecurrenceShape<kWarpgroups>::kThreads, 1)
 #pragma unroll 4
         for (int row = lane / 8; row < kChunk; row += 4, out += 4 * p.values.out.stride_token)
           if (row < tokens)
-            *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4 const*>(smem.out[w] + panel_offset(row, unit));
+            __stcs(reinterpret_cast<uint4*>(out),
+                   *reinterpret_cast<uint4 const*>(smem.out[w] + panel_offset(row, unit)));
         EmptyBarrier::arrive(&smem.out_empty[w]);
       }
     }

@@ -64,47 +64,37 @@ constexpr int kMostReaders = 2 * kMostSlices;  // of a walker's records, where i
 constexpr int kRingRecords = 512;              // of all walkers; what the L2 holds beside the inputs
 constexpr int kLeastRingSlots = 8;             // of a walker
 constexpr int kGroupsAnSm = 2;                 // of producers
-constexpr int kLeastSpare = 10;                // spare groups are to add one part in so many
 constexpr int kMostPlaces = 256;               // SMs of which it matters which of them walk
 static_assert(kMostWalkers * kLeastRingSlots <= kRingRecords);
 
-// The groups of producers: each walker has a team of them, which make its records in turn. Those that are left over make
-// some for several walkers each, in turn too, where all walkers have the same sequences and it is worth the trouble.
+// The groups of producers make all walkers' records in turn: numbered step by step, those of all walkers together, each
+// group makes every so many. Where walkers have different sequences, each has groups of its own.
 struct Teams {
-  int makers;       // SMs that make records
-  int team, spare;  // groups of a walker, groups left over that have work
+  int makers;  // SMs that make records
+  int groups;  // that have work
 
   inline Teams(int walkers, int heads, int makers)
-      : makers(makers), team(kGroupsAnSm * makers / walkers), spare(kGroupsAnSm * makers - team * walkers) {
-    while (spare > 0 && walkers % spare != 0) --spare;
-    if (heads % walkers != 0 || kLeastSpare * spare < team * walkers) spare = 0;
-  }
-  inline float groups(int walkers) const { return team + float(spare) / walkers; }  // of a walker
+      : makers(makers),
+        groups(heads % walkers == 0 ? kGroupsAnSm * makers : kGroupsAnSm * makers / walkers * walkers) {}
 };
-
-// Which of the walkers' steps a group makes, one after another. A spare group goes round `cycle` neighbouring walkers and
-// makes the step behind that of the whole team, with each walker one round of the team later; the team leaves it out.
+// Which of the walkers' steps a group makes, one after another.
 struct Share {
-  int walker, first;  // of its first record; first < 0: it has none
-  int stride;         // steps from one record to the next
-  int cycle, longer;  // of `cycle` strides the one numbered `longer` is a step longer
-  bool moves;         // with each stride to the next walker, and back with the last of a cycle
+  int walker, step;  // of its first record; step < 0: it has none
+  int walkers, next_walker, next_step;
 
   struct Turn {
-    int walker, step, number;
+    int walker, step;
   };
-  KDA_HOST_DEVICE Turn begin() const { return {walker, first, 0}; }
+  KDA_HOST_DEVICE bool moves() const { return next_walker > 0; }
+  KDA_HOST_DEVICE Turn begin() const { return {walker, step}; }
   KDA_HOST_DEVICE Turn next(Turn const& turn) const {
-    int const number = turn.number + 1 == cycle ? 0 : turn.number + 1;
-    return {moves ? walker + number : walker, turn.step + stride + (turn.number == longer ? 1 : 0), number};
+    int const to = turn.walker + next_walker, round = to >= walkers ? 1 : 0;
+    return {to - round * walkers, turn.step + next_step + round};
   }
 };
 KDA_HOST_DEVICE Share deal_share(int group, int walkers, Teams const& teams) {
-  int const cycle = teams.spare > 0 ? walkers / teams.spare : 1, spare = group - teams.team * walkers;
-  if (spare >= teams.spare) return {0, -1, 0, 1, -1, false};
-  if (spare >= 0) return {spare * cycle, teams.team, teams.team, cycle, cycle - 1, true};
-  int const walker = group % walkers;
-  return {walker, group / walkers, teams.team, cycle, teams.spare > 0 ? walker % cycle : -1, false};
+  return {group % walkers, group < teams.groups ? group / walkers : -1, walkers, teams.groups % walkers,
+          teams.groups / walkers};
 }
 
 // Costs measured on an H200, in microseconds (docs/kernel-notes.md). `longest` of the sequences and `chunks` of all of
@@ -209,7 +199,7 @@ inline Walkers choose_walkers(CallShape const& call, int64_t each, int sms) {
   for (int slices = 1; slices <= kMostSlices; ++slices)
     for (int count = 1; count <= std::min<int64_t>(chains, kMostWalkers); ++count) {
       Teams const teams(count, call.value_heads, sms - count * slices);
-      if (teams.team < 1 || count * kLeastRingSlots > records) break;
+      if (teams.groups < count || count * kLeastRingSlots > records) break;
       // Chains are dealt in turn. Whatever the lengths are, these have equal shares or several sequences each:
       bool const dealt_by_heads = call.value_heads % count == 0 || count % call.value_heads == 0;
       if (!call.one_length() && !dealt_by_heads) continue;
@@ -217,7 +207,7 @@ inline Walkers choose_walkers(CallShape const& call, int64_t each, int sms) {
       float const steps = call.one_length() ? float((chains + count - 1) / count) * each
                           : call.chunks > 0 ? Choice::packed_steps(call.longest, call.chunks, call.value_heads, count)
                                             : Choice::packed_steps((chunks + 1) / 2, chunks, call.value_heads, count);
-      float const step = std::max(Choice::kStreamStep[slices - 1], Choice::kStreamMake / teams.groups(count)),
+      float const step = std::max(Choice::kStreamStep[slices - 1], Choice::kStreamMake * count / teams.groups),
                   cost = Choice::stream(steps, step);
       // Two CTAs read each record twice, so there has to be something in it.
       float const most = slices > best.slices ? .95f * best.cost : best.cost;

@@ -113,17 +113,13 @@ __device__ __forceinline__ void keep_state(StateParams const& p, int seq, int he
 }
 
 // By a warp: the values of a chunk, 64 channels of one head, as a panel [token, value channel]. `map` gives boxes of one
-// panel of 64 tokens, `token_map` of one token. First of a chunk that is whole.
-__device__ __forceinline__ void request_whole_values(CUtensorMap const& map, uint64_t* full, char* values, int token,
-                                                     int panel, int head, int batch, int lane) {
-  if (lane == 0) cute::SM90_TMA_LOAD_5D::copy(&map, full, kStreamed, values, 0, token, panel, head, batch);
-}
+// panel of 64 tokens, `token_map` of one token.
 template <class Tokens>
 __device__ __forceinline__ void request_values(CUtensorMap const& map, CUtensorMap const& token_map, int tensor_tokens,
                                                uint64_t* full, char* values, int token, Tokens tokens, int panel,
                                                int head, int batch, int lane) {
   if (tokens >= kChunk) {
-    request_whole_values(map, full, values, token, panel, head, batch, lane);
+    if (lane == 0) cute::SM90_TMA_LOAD_5D::copy(&map, full, kStreamed, values, 0, token, panel, head, batch);
   } else {
     // A partial chunk token by token: behind its end lie another sequence's values, so those rows are read past the end
     // of the tensor, which gives zeros.

@@ -68,10 +68,16 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_
     if (threadIdx.x == 0) EmptyBarrier::init(&smem.producers.second_starts, 1);
     __syncthreads();
     Share const share = deal_share(group * makers + cta - walking, walkers, p.teams);
-    if (share.first >= 0)
+    if (share.step >= 0)
       produce<kGate, kFp32Gate>(p.chunk, deal, p.ring, own, share, &smem.producers.second_starts, group == 1, warp % 8,
                                 lane);
     if constexpr (kSegments) {
+      // What has this memory next must find no barriers there: left valid, they come back over its data when processes
+      // take turns on the GPU.
+      __syncthreads();
+      if (threadIdx.x % kChunkThreads == 0) own.invalidate();
+      if (threadIdx.x == 0) EmptyBarrier::invalidate(&smem.producers.second_starts);
+      cutlass::arch::fence_view_async_shared();
       __syncthreads();
       join_outputs(p.values, deal, p.left, *p.ring.flags, smem.join, cta - walking, makers, walking, warp, lane);
     }

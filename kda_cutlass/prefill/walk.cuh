@@ -67,6 +67,14 @@ struct WalkSmem {
     EmptyBarrier::init(&told, 32);
     cutlass::arch::fence_barrier_init();
   }
+  __device__ __forceinline__ void invalidate() {  // by one thread, once all are done
+    for (int s = 0; s < kWalkStages; ++s)
+      for (uint64_t* barrier : {&early_full[s], &late_full[s], &made[s], &early_empty[s], &late_empty[s]})
+        EmptyBarrier::invalidate(barrier);
+    for (int w = 0; w < kWarpgroups; ++w)
+      for (uint64_t* barrier : {&out_full[w], &out_empty[w]}) EmptyBarrier::invalidate(barrier);
+    for (uint64_t* barrier : {&taken, &told}) EmptyBarrier::invalidate(barrier);
+  }
 };
 
 // What segments leave, to be joined. Later walkers are those of later segments.
@@ -405,7 +413,11 @@ __device__ __forceinline__ void walk_chains(ValueParams const& p, Deal<kSegments
   if constexpr (kSegments) {
     fence_bulk_copies();
     __syncthreads();
-    if (threadIdx.x == 0) add_release(&ring.flags->ended, 1);
+    if (threadIdx.x == 0) {
+      add_release(&ring.flags->ended, 1);
+      smem.invalidate();  // for join_states(), which has this memory next and waits for all threads first
+    }
+    cutlass::arch::fence_view_async_shared();
   }
 }
 
