@@ -172,6 +172,22 @@ def test_what_the_tests_of_the_streamed_schedule_call(ask, slices, sizes):
     assert answer["slices"] == slices and answer["segments"] == 1
 
 
+@pytest.mark.parametrize(
+    "heads, tokens, schedule, slices, segments",
+    [
+        (2, 3390, "walkers", 2, 3),
+        (20, 1400, "walkers", 2, 1),
+        (64, 1000, "walkers", 1, 1),
+        (2, 300, "split", 1, 1),
+        (150, 200, "fused", 1, 1),
+    ],
+)
+def test_what_processes_that_share_a_gpu_call(ask, heads, tokens, schedule, slices, segments):
+    answer = ask(heads, tokens=tokens, batch=1)
+    assert [name for name in ("fused", "split", "walkers") if answer[name]] == [schedule]
+    assert schedule != "walkers" or (answer["slices"], answer["segments"]) == (slices, segments)
+
+
 @pytest.mark.parametrize("sizes, segments", [*zip(SEGMENTS, (3, 4, 2))], ids=str)
 def test_what_the_tests_of_segments_call(ask, sizes, segments):
     call = dict(tokens=sizes["T"], batch=sizes["B"])
