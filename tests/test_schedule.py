@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_kda import CUT, HALVED, HANDED_ON, SEGMENTS, SHARED, SLABS, STREAMED
+from test_shared_gpu import CALLS as SHARED_GPU
 
 SCHEDULE = Path(__file__).parents[1] / "kda_cutlass" / "prefill" / "schedule.h"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -172,20 +173,11 @@ def test_what_the_tests_of_the_streamed_schedule_call(ask, slices, sizes):
     assert answer["slices"] == slices and answer["segments"] == 1
 
 
-@pytest.mark.parametrize(
-    "heads, tokens, schedule, slices, segments",
-    [
-        (2, 3390, "walkers", 2, 3),
-        (20, 1400, "walkers", 2, 1),
-        (64, 1000, "walkers", 1, 1),
-        (2, 300, "split", 1, 1),
-        (150, 200, "fused", 1, 1),
-    ],
-)
-def test_what_processes_that_share_a_gpu_call(ask, heads, tokens, schedule, slices, segments):
-    answer = ask(heads, tokens=tokens, batch=1)
-    assert [name for name in ("fused", "split", "walkers") if answer[name]] == [schedule]
-    assert schedule != "walkers" or (answer["slices"], answer["segments"]) == (slices, segments)
+def test_what_processes_that_share_a_gpu_call(ask):
+    answers = [ask(heads, tokens=tokens, batch=1) for heads, tokens in SHARED_GPU]
+    launched = [[name for name in ("fused", "split", "walkers") if answer[name]] for answer in answers]
+    assert launched == [["walkers"], ["walkers"], ["walkers"], ["split"], ["fused"]]
+    assert [(answer["slices"], answer["segments"]) for answer in answers[:3]] == [(2, 3), (2, 1), (1, 1)]
 
 
 @pytest.mark.parametrize("sizes, segments", [*zip(SEGMENTS, (3, 4, 2))], ids=str)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-CALLS = Path(__file__).with_name("shared_gpu_calls.py")
+SCRIPT = Path(__file__).with_name("shared_gpu_calls.py")
+# Heads and tokens. Streamed in segments, by walkers of two CTAs and of one, split, fused: test_schedule.py sees to that.
+CALLS = [(2, 3390), (20, 1400), (64, 1000), (2, 300), (150, 200)]
 
 
 @pytest.mark.gpu
 def test_processes_take_turns():
-    command = [sys.executable, str(CALLS), "6"]
+    command = [sys.executable, str(SCRIPT), "6"]
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(4)
     ]
